@@ -1,0 +1,90 @@
+"""The front door: `nox -l` lists what can be done, `nox -s NAME -- ARGUMENTS` does it.
+
+All sessions share the project's `.venv`, which `uv sync --locked` first makes equal to uv.lock (a tenth of a second
+when nothing changed). A virtual environment for each would be several copies of torch.
+"""
+
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import nox
+
+nox.options.default_venv_backend = "none"
+nox.options.sessions = ["lint", "tests"]
+
+
+def uv_binary(session: nox.Session) -> str:
+    """The uv that came with `nox[uv]`, which need not be on PATH; else one that is."""
+    if importlib.util.find_spec("uv") is not None:
+        import uv
+
+        return uv.find_uv_bin()
+    found = shutil.which("uv")
+    if found is None:
+        session.error('uv is missing; install nox with it: python3 -m pip install "nox[uv]==2026.10.20"')
+    return found
+
+
+def python(session: nox.Session, *args: str, offline: bool = False) -> None:
+    """Run `.venv`'s Python, after making `.venv` equal to the lock.
+
+    Both timeouts are None because Nox otherwise kills a child half a second after Ctrl-C, before it has saved.
+    """
+    # the interpreter that runs Nox, so that a machine with Python 3.13 and pip needs no download of another
+    interpreter = ["--python", sys.executable] if sys.version_info[:2] == (3, 13) else []
+    sync = [uv_binary(session), "sync", "--locked", *interpreter]
+    # silent where nothing is to do; a first install shows its gigabytes
+    if subprocess.run([*sync, "--check", "--quiet"], stderr=subprocess.DEVNULL).returncode != 0:
+        session.run(*sync, external=True)
+    env = {"TOKENIZERS_PARALLELISM": "false"} | ({"HF_HUB_OFFLINE": "1"} if offline else {})
+    venv = Path(os.environ.get("UV_PROJECT_ENVIRONMENT", ".venv"))
+    session.run(
+        str(venv / "bin" / "python"), *args, external=True, env=env, interrupt_timeout=None, terminate_timeout=None
+    )
+
+
+@nox.session
+def lint(session: nox.Session) -> None:
+    """Check style and formatting with ruff."""
+    python(session, "-m", "ruff", "check")
+    python(session, "-m", "ruff", "format", "--check")
+
+
+@nox.session
+def tests(session: nox.Session) -> None:
+    """Run the tests, offline: nox -s tests -- tests/test_lock.py"""
+    python(session, "-m", "pytest", *session.posargs, offline=True)
+
+
+@nox.session
+def train(session: nox.Session) -> None:
+    """Train what a config describes: nox -s train -- configs/grpo.toml"""
+    python(session, "-m", "rl", "train", *session.posargs)
+
+
+@nox.session(name="eval")
+def evaluate(session: nox.Session) -> None:
+    """Measure finished runs and write evals/tables/results.md: nox -s eval -- RUN"""
+    python(session, "-m", "evals", *session.posargs)
+
+
+@nox.session
+def mps_smoke(session: nox.Session) -> None:
+    """Train one tiny step on the best device here and say which it was."""
+    python(session, "-m", "rl", "smoke", *session.posargs)
+
+
+@nox.session
+def doctor(session: nox.Session) -> None:
+    """Show versions, devices, memory and disk, and what to do about each."""
+    python(session, "-m", "rl", "doctor", *session.posargs)
+
+
+@nox.session
+def clean(session: nox.Session) -> None:
+    """Remove caches and generated tables, never a run: nox -s clean -- --dry-run"""
+    python(session, "-m", "rl", "clean", *session.posargs)

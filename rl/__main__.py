@@ -1,0 +1,121 @@
+"""`python -m rl`: the commands behind `nox -s train -- ...` and its neighbours.
+
+Exit codes: 0 done, 1 a run failed, 2 bad config or input (one line, nothing written), 130 interrupted.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from rl.errors import RunFailed, UserError
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code (argparse itself exits with 2)."""
+    arguments = _parser().parse_args(argv)
+    try:
+        return arguments.handler(arguments) or 0
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except RunFailed as error:
+        print(f"failed: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+
+
+def _train(arguments: argparse.Namespace) -> int | None:
+    from rl.config import load
+
+    if arguments.seeds and any(override.partition("=")[0].strip() == "run.seed" for override in arguments.set):
+        raise UserError("--seeds and --set run.seed=... are both given: give one")
+    load(arguments.config, arguments.set)  # before torch and trl, whose import takes seconds
+    import rl.train
+
+    return rl.train.main(
+        arguments.config, arguments.set, resume=arguments.resume, restart=arguments.restart, seeds=arguments.seeds
+    )
+
+
+def _check(arguments: argparse.Namespace) -> None:
+    from rl.config import describe, load, resolved
+    from rl.config_text import to_toml
+
+    if arguments.keys:
+        print(describe(), end="")
+    elif arguments.config is None:
+        raise UserError("check: no config given, e.g. `python -m rl check configs/grpo.toml`, or --keys for every key")
+    else:
+        print(to_toml(resolved(load(arguments.config, arguments.set))), end="")
+
+
+def _doctor(arguments: argparse.Namespace) -> int | None:
+    import rl.doctor
+
+    return rl.doctor.main()
+
+
+def _smoke(arguments: argparse.Namespace) -> int | None:
+    import rl.smoke
+
+    return rl.smoke.main()
+
+
+def _clean(arguments: argparse.Namespace) -> int | None:
+    import rl.clean
+
+    return rl.clean.main()
+
+
+def _seeds(text: str) -> tuple[int, ...]:
+    """ "0,1,2" -> (0, 1, 2)."""
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdecimal() and int(part) < 2**32 for part in parts):
+        raise argparse.ArgumentTypeError(f"found {text!r}, valid: whole numbers ≥ 0 and < 2^32, e.g. 0,1,2")
+    seeds = tuple(int(part) for part in parts)
+    if len(set(seeds)) != len(seeds):
+        raise argparse.ArgumentTypeError(f"found {text!r}, valid: each seed once")
+    return seeds
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m rl", description="Train language models with RL: PyTorch trains, MLX plays."
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def command(name: str, handler: object, help: str) -> argparse.ArgumentParser:
+        added = commands.add_parser(name, help=help, description=help)
+        added.set_defaults(handler=handler)
+        return added
+
+    train = command("train", _train, "train what a config says, and what it builds on")
+    check = command("check", _check, "check a config and print every setting it resolves to")
+    for added, count in ((train, None), (check, "?")):
+        added.add_argument(
+            "config", metavar="CONFIG", type=Path, nargs=count, help="a TOML file, e.g. configs/grpo.toml"
+        )
+        added.add_argument(
+            "--set",
+            action="append",
+            default=[],
+            metavar="TABLE.KEY=VALUE",
+            help="override a setting, e.g. --set trainer.learning_rate=1e-4 or reward.0.weight=0.5; may be repeated",
+        )
+    train.add_argument("--resume", action="store_true", help="continue an unfinished run from its last checkpoint")
+    train.add_argument("--restart", action="store_true", help="throw away an unfinished run of that name, start anew")
+    train.add_argument(
+        "--seeds", type=_seeds, default=None, metavar="0,1,2", help="train these seeds in turn, one table"
+    )
+    check.add_argument("--keys", action="store_true", help="print every table and key with type, default and meaning")
+    command("doctor", _doctor, "versions, device and memory of this machine")
+    command("smoke", _smoke, "one tiny training step and rollout on this machine's device")
+    command("clean", _clean, "remove unfinished runs and caches")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

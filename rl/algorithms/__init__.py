@@ -1,0 +1,3 @@
+"""One file per algorithm; TRL is imported here and nowhere else."""
+
+ALGORITHMS = ("sft", "grpo")

@@ -1,0 +1,241 @@
+"""Settings that are each valid and impossible together. One error at a time, one line each."""
+
+from __future__ import annotations
+
+import math
+import re
+from typing import TYPE_CHECKING, Any
+
+from rl import trl_fields
+from rl.config_read import Source
+
+if TYPE_CHECKING:
+    from rl.config import Config
+
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+# keys of [data] that only one source reads
+SOURCE_KEYS = {
+    "arithmetic": ("operation", "max_a", "max_b", "shots"),
+    "reasoning-gym": ("tasks",),
+    "jsonl": ("path", "heldout_path"),
+    "hub": ("name", "split", "heldout_split"),
+}
+
+
+def check(config: Config, source: Source) -> None:
+    """Raise UserError for the first impossible combination."""
+    if not NAME.fullmatch(config.run.name):
+        valid = "valid: up to 100 letters, digits, '.', '_', '-', beginning with a letter or digit (it names a folder)"
+        raise source.error(("run", "name"), f"found {config.run.name!r}, {valid}")
+    _check_model(config, source)
+    _check_data(config, source)
+    _check_rollout(config, source)
+    _check_rewards(config, source)
+    _check_trainer(config, source)
+    if config.trainer.algorithm == "grpo":
+        _check_grpo(config, source)
+
+
+def generation_period(args: dict[str, Any]) -> int:
+    """Optimizer steps between two rollouts of GRPO (1 when a step holds whole rollouts), TRL's defaults filled in.
+
+    Checkpoints are exact at multiples of it: elsewhere TRL's buffer of completions is lost.
+    """
+    micro, accumulation = _micro_steps_per_rollout(args), _arg(args, "gradient_accumulation_steps")
+    return max(1, micro // accumulation)
+
+
+def rollout_size(args: dict[str, Any]) -> int:
+    """Completions of one GRPO rollout in one process, as TRL's `GRPOConfig.__post_init__` computes it."""
+    return _arg(args, "per_device_train_batch_size") * _steps_per_generation(args)
+
+
+def _check_model(config: Config, source: Source) -> None:
+    model = config.model
+    if (model.base is None) == (model.from_ is None):
+        found = "neither is set" if model.base is None else f"found base = '{model.base}' and from = '{model.from_}'"
+        raise source.table_error(("model",), f"base, from: {found}, valid: exactly one of the two")
+    if model.tiny is not None and model.base != "tiny":
+        raise source.error(("model", "tiny"), f"only for base = 'tiny', found {_named(model.base, model.from_)}")
+    if model.quantization is not None and model.lora is None:
+        raise source.error(("model", "quantization"), "a quantized base cannot be trained itself: add [model.lora]")
+    if model.tiny is not None and model.tiny.hidden % model.tiny.heads:
+        found = f"found {model.tiny.heads} heads for hidden {model.tiny.hidden}, valid: a divisor of hidden"
+        raise source.error(("model", "tiny", "heads"), found)
+    if model.tiny is not None and (
+        len(set(model.tiny.alphabet)) != len(model.tiny.alphabet) or not model.tiny.alphabet
+    ):
+        found = f"found {model.tiny.alphabet!r}, valid: at least one character, each once"
+        raise source.error(("model", "tiny", "alphabet"), found)
+    if model.lora is not None and not model.lora.targets:
+        raise source.error(("model", "lora", "targets"), "found an empty list, valid: names of linear modules")
+
+
+def _check_data(config: Config, source: Source) -> None:
+    data = config.data
+    if data.source == "jsonl" and data.path is None:
+        raise source.table_error(("data",), "path: missing, source = 'jsonl' needs the file of its rows")
+    if data.source == "hub" and data.name is None:
+        raise source.table_error(("data",), "name: missing, source = 'hub' needs the id of a data set, \"org/name\"")
+    if data.source == "reasoning-gym" and not data.tasks:
+        raise source.table_error(("data",), "task: missing, source = 'reasoning-gym' needs at least one [[data.task]]")
+    for owner, names in SOURCE_KEYS.items():
+        for name in names:
+            # a default that is written out changes nothing (and `resolved` writes it out)
+            if owner != data.source and getattr(data, name) != type(data).__dataclass_fields__[name].default:
+                toml = "task" if name == "tasks" else name
+                raise source.error(("data", toml), f"only for source = '{owner}', found source = '{data.source}'")
+    if data.shots and data.form == "char":
+        raise source.error(("data", "shots"), f"found {data.shots} with form = 'char', valid: 0 there")
+    if data.system is not None and data.form != "chat" and data.source == "arithmetic":
+        raise source.error(("data", "system"), f"only for form = 'chat', found form = '{data.form}'")
+    if config.model.base == "tiny" and data.source == "arithmetic":
+        if data.form != "char":
+            found = f"found '{data.form}', valid: char, the tiny model knows single characters only"
+            raise source.error(("data", "form"), found)
+        alphabet = config.model.tiny.alphabet if config.model.tiny else None
+        signs = f"0123456789{data.operation}=" + ("-" if data.operation == "-" else "")
+        missing = [] if alphabet is None else [sign for sign in dict.fromkeys(signs) if sign not in alphabet]
+        if missing:
+            found = f"found {alphabet!r}, without {' '.join(missing)} that the [data] problems are written with"
+            raise source.error(("model", "tiny", "alphabet"), found)
+
+
+def _check_rollout(config: Config, source: Source) -> None:
+    rollout, model = config.rollout, config.model
+    if "" in rollout.stop:
+        raise source.error(("rollout", "stop"), "found an empty text, which ends every completion at once")
+    if rollout.precision == "shared" and model.lora is None:
+        raise source.error(
+            ("rollout", "precision"), "found 'shared' without [model.lora], valid: full, or add [model.lora]"
+        )
+    shared = model.lora is not None and model.quantization is not None and rollout.precision != "full"
+    if shared and rollout.dtype == "bfloat16":
+        # |Δlogp| 0.40 between the two sides was measured there, against 1e-4 in float32
+        raise source.error(
+            ("rollout", "dtype"), "found 'bfloat16' for a quantized base that is shared, valid: float32, float16"
+        )
+    if config.trainer.args.get("loss_type") == "vespo" and rollout.correction.startswith("sequence"):
+        found = f"found '{rollout.correction}' with loss_type 'vespo', valid: none, token_truncate, token_mask"
+        raise source.error(("rollout", "correction"), found)
+
+
+def _check_rewards(config: Config, source: Source) -> None:
+    if config.trainer.algorithm == "grpo":
+        if not config.rewards:
+            raise source.table_error(
+                ("trainer",), "algorithm: 'grpo' needs a reward, found none: add [[reward]] with a name"
+            )
+        if not any(reward.weight for reward in config.rewards):
+            raise source.error(("reward", 0, "weight"), "found 0 for every [[reward]], valid: one other than 0")
+    for i, reward in enumerate(config.rewards):
+        other = reward.options.get("model")
+        if other is not None and not isinstance(other, str):
+            raise source.error(("reward", i, "model"), f"found {other!r}, valid: the path of a config")
+        if not reward.name.strip():
+            raise source.error(("reward", i, "name"), "found an empty name")
+
+
+def _check_trainer(config: Config, source: Source) -> None:
+    args, algorithm = config.trainer.args, config.trainer.algorithm
+
+    def effective(name: str) -> Any:
+        return trl_fields.value(algorithm, args, name)
+
+    max_steps, epochs = effective("max_steps"), effective("num_train_epochs")
+    if max_steps == 0 or max_steps < -1:
+        raise source.error(("trainer", "max_steps"), f"found {max_steps}, valid: ≥ 1, or -1 for num_train_epochs")
+    if max_steps == -1 and epochs <= 0:
+        raise source.error(("trainer", "num_train_epochs"), f"found {epochs}, valid: > 0, or set max_steps")
+    if effective("bf16") and effective("fp16"):
+        raise source.error(("trainer", "fp16"), "found true with bf16 = true, valid: one of the two")
+    if effective("save_strategy") == "best":
+        raise source.error(("trainer", "save_strategy"), "found 'best', valid: steps, epoch, no")
+    if effective("logging_strategy") == "steps" and effective("logging_steps") == 0:
+        raise source.error(("trainer", "logging_steps"), "found 0, valid: > 0")
+    for name in ("save_steps", "logging_steps", "eval_steps"):
+        steps = args.get(name)
+        if steps is not None and (steps <= 0 or (steps > 1 and steps != int(steps))):
+            raise source.error(("trainer", name), f"found {steps}, valid: a whole number ≥ 1, or a share below 1")
+
+
+def _check_grpo(config: Config, source: Source) -> None:
+    """What TRL's `GRPOConfig.__post_init__` refuses, and what would make an exact resume impossible."""
+    args = config.trainer.args
+    if "generation_batch_size" in args and "steps_per_generation" in args:
+        raise source.error(("trainer", "steps_per_generation"), "not together with generation_batch_size: set one")
+    batch, group = _arg(args, "per_device_train_batch_size"), _arg(args, "num_generations")
+    given = args.get("generation_batch_size")
+    if given is not None and given % batch:
+        found = f"found {given}, valid: a multiple of per_device_train_batch_size ({batch}), {_around(given, batch)}"
+        raise source.error(("trainer", "generation_batch_size"), found)
+    size = rollout_size(args)
+    if size % group:
+        if given is not None:
+            valid = f"valid: a multiple of num_generations ({group}), {_around(size, math.lcm(group, batch))}"
+            raise source.error(("trainer", "generation_batch_size"), f"found {given}, {valid}")
+        steps = _steps_per_generation(args)
+        name = "steps_per_generation" if "steps_per_generation" in args else "gradient_accumulation_steps"
+        made = f"per_device_train_batch_size {batch} × {name} {steps} = {size} completions, not divisible by {group}"
+        divisors = [g for g in range(2, size + 1) if size % g == 0]
+        near = [g for g in divisors if g < group][-1:] + [g for g in divisors if g > group][:1]
+        valid = f"valid here: {' or '.join(map(str, near))}" if near else "make the batch larger"
+        raise source.error(("trainer", "num_generations"), f"{made}; {valid}")
+    if args.get("eval_strategy", "no") != "no":
+        eval_batch = _arg(args, "per_device_eval_batch_size")
+        eval_group = args.get("num_generations_eval") or group
+        if eval_batch % eval_group:
+            found = f"found {eval_batch}, valid: a multiple of the completions per prompt ({eval_group})"
+            raise source.error(("trainer", "per_device_eval_batch_size"), f"{found}, {_around(eval_batch, eval_group)}")
+    if args.get("remove_unused_columns"):
+        raise source.error(("trainer", "remove_unused_columns"), "found true, valid: false, rewards read the columns")
+    if size // group > config.data.train_size:
+        found = f"found {config.data.train_size}, valid: ≥ {size // group}, the prompts of one rollout"
+        raise source.error(("data", "train_size"), found)
+    _check_boundaries(args, source)
+
+
+def _check_boundaries(args: dict[str, Any], source: Source) -> None:
+    """A checkpoint is exact only between rollouts, and so must every step that is saved lie there."""
+    micro, accumulation = _micro_steps_per_rollout(args), _arg(args, "gradient_accumulation_steps")
+    if micro % accumulation and accumulation % micro:
+        made = f"steps_per_generation × num_iterations = {micro} and gradient_accumulation_steps = {accumulation}"
+        raise source.error(
+            ("trainer", "steps_per_generation" if "steps_per_generation" in args else "gradient_accumulation_steps"),
+            f"{made}: one must divide the other, so that checkpoints fall between rollouts",
+        )
+    if args.get("save_strategy", "steps") != "steps":
+        return
+    save, period = _arg(args, "save_steps"), generation_period(args)
+    if "save_steps" not in args and 0 < _arg(args, "max_steps") <= save:
+        return  # the run ends before TRL's default asks for a checkpoint
+    if save < 1:
+        raise source.error(("trainer", "save_steps"), f"found {save}, valid: a whole number of steps, ≥ {period}")
+    if save % period:
+        default = "" if "save_steps" in args else " (TRL's default)"
+        valid = f"valid: a multiple of the {period} steps per rollout, {_around(int(save), period)}"
+        raise source.error(("trainer", "save_steps"), f"found {save}{default}, {valid}")
+
+
+def _steps_per_generation(args: dict[str, Any]) -> int:
+    if "generation_batch_size" in args:
+        return args["generation_batch_size"] // _arg(args, "per_device_train_batch_size")
+    return args.get("steps_per_generation") or _arg(args, "gradient_accumulation_steps")
+
+
+def _micro_steps_per_rollout(args: dict[str, Any]) -> int:
+    return _steps_per_generation(args) * _arg(args, "num_iterations")
+
+
+def _arg(args: dict[str, Any], name: str) -> Any:
+    return trl_fields.value("grpo", args, name)
+
+
+def _around(value: int, unit: int) -> str:
+    """The multiples of `unit` next to a value: "nearest 4 or 8"."""
+    below = value // unit * unit
+    return f"nearest {below} or {below + unit}" if below else f"nearest {unit}"
+
+
+def _named(base: str | None, from_: str | None) -> str:
+    return f"base = '{base}'" if base is not None else f"from = '{from_}'"

@@ -1,0 +1,172 @@
+"""Rows from files or the hub: columns `prompt` (text or chat messages) and `answer`; others are kept for rewards."""
+
+import hashlib
+import json
+from collections import Counter
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rl.data.prompts import says
+from rl.errors import UserError
+
+if TYPE_CHECKING:
+    from rl.config import Config, Data
+
+Row = dict[str, Any]
+
+
+def jsonl_rows(config: "Config") -> tuple[list[Row], list[Row]]:
+    """(train, held-out) rows of `data.path` and `data.heldout_path` (relative to the config's folder).
+
+    Without `heldout_path` the held-out rows are split off by a hash of each row's id, so they stay the same when rows
+    are added elsewhere in the file. File order is kept. Train rows whose prompt is also held out are left out.
+    """
+    data, folder = config.data, config.path.parent
+    if data.path is None:
+        raise UserError(f"{config.path}: [data] path is missing: source 'jsonl' needs the file of the rows")
+    train = _read(folder / data.path, data)
+    heldout = None if data.heldout_path is None else _read(folder / data.heldout_path, data)
+    return _split(train, heldout, config, str(data.path), str(data.heldout_path))
+
+
+def hub_rows(config: "Config") -> tuple[list[Row], list[Row]]:
+    """(train, held-out) rows of `data.name`, "org/name" or "org/name:subset", splits `split` and `heldout_split`.
+
+    A column `question` serves as `prompt`, and of an answer with "####" only what follows counts (GSM8K's form).
+    Equal split names: split off by hash as for jsonl.
+    """
+    data = config.data
+    if data.name is None:
+        raise UserError(f"{config.path}: [data] name is missing: source 'hub' needs the data set's id, 'org/name'")
+    train = _fetch(data.split, config)
+    heldout = None if data.heldout_split == data.split else _fetch(data.heldout_split, config)
+    return _split(train, heldout, config, f"{data.name}/{data.split}", f"{data.name}/{data.heldout_split}")
+
+
+def _read(path: Path, data: "Data") -> list[Row]:
+    try:
+        lines = path.read_bytes().decode("utf-8-sig").split("\n")  # not splitlines: texts may hold U+2028
+    except OSError as error:
+        raise UserError(
+            f"{path}: cannot be read ({error.strerror}); [data] paths are relative to the config"
+        ) from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 text (byte {error.start}); save it as UTF-8") from error
+    rows: list[Row] = []
+    lines_of: dict[str, int] = {}
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise UserError(
+                f"{path} line {number}: not JSON ({error.msg}, column {error.colno}); one object a line"
+            ) from error
+        row = _row(record, data, f"{path} line {number}")
+        if "id" in record and row["id"] in lines_of:
+            raise UserError(
+                f"{path} line {number}: id '{row['id']}' is also on line {lines_of[row['id']]}; make it unique"
+            )
+        lines_of[row["id"]] = number
+        rows.append(row)
+    if not rows:
+        raise UserError(f"{path}: no rows; one JSON object a line, with 'prompt' and 'answer'")
+    return _unique(rows)
+
+
+def _fetch(split: str, config: "Config") -> list[Row]:
+    import datasets
+
+    data = config.data
+    name, _, subset = str(data.name).partition(":")
+    where = f"{config.path}: [data] name = '{data.name}', split '{split}'"
+    try:
+        records = datasets.load_dataset(name, subset or None, split=split)
+    except Exception as error:
+        said = " ".join(str(error).split())
+        raise UserError(
+            f"{where}: cannot be loaded ({type(error).__name__}: {said:.200}): without a network, run 'hf download "
+            f"--repo-type dataset {name}' on a machine that has one, copy its cache and point HF_HOME to it, or "
+            "give the rows as a file (source = 'jsonl')"
+        ) from error
+    rows = []
+    for number, record in enumerate(records):
+        record = dict(record)
+        if "prompt" not in record and "question" in record:
+            record["prompt"] = record.pop("question")
+        if isinstance(record.get("answer"), str) and "####" in record["answer"]:
+            record["answer"] = record["answer"].rsplit("####", 1)[1]
+        rows.append(_row(record, data, f"{where}, row {number}"))
+    if not rows:
+        raise UserError(f"{where}: no rows")
+    return _unique(rows)
+
+
+def _row(record: Any, data: "Data", where: str) -> Row:
+    if not isinstance(record, dict):
+        raise UserError(f"{where}: found {type(record).__name__}, must be an object with 'prompt' and 'answer'")
+    for column in ("prompt", "answer"):
+        if column not in record:
+            raise UserError(f"{where}: no column '{column}', found: {', '.join(record) or 'none'}")
+    prompt, answer = record["prompt"], record["answer"]
+    if not (isinstance(prompt, str) and prompt) and not _is_chat(prompt):
+        raise UserError(f"{where}: 'prompt' must be a text or a list of {{role, content}}, found {prompt!r:.60}")
+    if isinstance(answer, bool) or not isinstance(answer, str | int | float) or not str(answer).strip():
+        raise UserError(f"{where}: 'answer' must be a text or a number, found {answer!r:.60}")
+    answer = str(answer).strip()
+    if data.form == "chat":
+        prompt = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        if data.system and prompt[0]["role"] != "system":
+            prompt = [{"role": "system", "content": data.system}, *prompt]
+    digest = hashlib.sha256(json.dumps([record["prompt"], answer], sort_keys=True).encode()).hexdigest()
+    row = record | {"id": str(record.get("id", digest[:16])), "prompt": prompt, "answer": answer}
+    if isinstance(prompt, list) and isinstance(row.get("completion"), str):
+        row["completion"] = says(row["completion"])
+    return {"task": data.source} | row
+
+
+def _unique(rows: list[Row]) -> list[Row]:
+    """Number the repeats of an id (equal rows without ids of their own)."""
+    times: Counter[str] = Counter()
+    for row in rows:
+        times[row["id"]] += 1
+        if times[row["id"]] > 1:
+            row["id"] += f"-{times[row['id']]}"
+    return rows
+
+
+def _is_chat(prompt: Any) -> bool:
+    return (
+        isinstance(prompt, list)
+        and bool(prompt)
+        and all(
+            isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in prompt
+        )
+    )
+
+
+def _split(
+    train: list[Row], heldout: list[Row] | None, config: "Config", name: str, heldout_name: str
+) -> tuple[list[Row], list[Row]]:
+    data, size = config.data, config.eval.size
+    found, source = (train, name) if heldout is None else (heldout, heldout_name)
+    if len(found) < size:
+        raise UserError(
+            f"{config.path}: [eval] size = {size}, but {source} has {len(found)} rows: lower it or add rows"
+        )
+    heldout = _choose(found, size, data.seed)
+    asked = {json.dumps(row["prompt"], sort_keys=True) for row in heldout}
+    train = [row for row in train if json.dumps(row["prompt"], sort_keys=True) not in asked]
+    if not train:
+        raise UserError(
+            f"{config.path}: [eval] size = {size} leaves none of the rows of {name} to train on (rows whose prompt is "
+            "held out do not count): lower it or add rows"
+        )
+    return _choose(train, data.train_size, data.seed), heldout
+
+
+def _choose(rows: list[Row], count: int, seed: int) -> list[Row]:
+    """`count` rows in their own order, chosen by hash of seed and id; all of them when there are no more."""
+    order = sorted(range(len(rows)), key=lambda i: hashlib.sha256(f"{seed}/{rows[i]['id']}".encode()).digest())
+    return [rows[i] for i in sorted(order[:count])]

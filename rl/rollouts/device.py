@@ -1,0 +1,37 @@
+"""Which device MLX samples on, and what follows from it."""
+
+import mlx.core as mx
+
+
+def backend() -> str:
+    """`metal`, `cuda` or `cpu`: where MLX's default stream runs."""
+    if mx.metal.is_available():
+        return "metal"
+    if hasattr(mx, "cuda") and mx.cuda.is_available():
+        return "cuda"
+    return "cpu"
+
+
+def describe() -> dict[str, str]:
+    """`{"backend", "device", "version"}` for records and `nox -s doctor`."""
+    info = mx.device_info() if hasattr(mx, "device_info") else {}
+    name = info.get("device_name") or info.get("architecture") or "cpu"
+    return {"backend": backend(), "device": str(name), "version": mx.__version__}
+
+
+def keeps_packed_weights() -> bool:
+    """Whether quantized products run packed here.
+
+    On MLX's CPU backend they reach about 1 GFLOP/s, so there the dequantized values are held: the same policy.
+    """
+    return backend() != "cpu"
+
+
+def steps_between_syncs() -> int:
+    """Decode steps between looks from the host: a look stalls a GPU's queue and costs nothing on a CPU."""
+    return 1 if backend() == "cpu" else 8
+
+
+def peak_memory_bytes() -> int:
+    """Peak bytes MLX has allocated in this process."""
+    return int(mx.get_peak_memory())

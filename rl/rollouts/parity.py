@@ -1,0 +1,131 @@
+"""Before a run: are the sampler's logprobs the trainer's? And if not, which layer is the first to differ?"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import torch
+
+from rl.errors import RunFailed
+from rl.rollouts.cache import Cache
+from rl.rollouts.engine import head
+
+# mean |dlogp| on random tokens above which the two are not the same policy, by the sampler's dtype
+TOLERANCE = {"float32": 2e-3, "float16": 3e-2, "bfloat16": 2e-1}
+
+
+@dataclass(frozen=True)
+class Parity:
+    """Mean and largest |dlogp| over the probe's tokens."""
+
+    mean: float
+    largest: float
+    tokens: int
+
+
+def probe(vocabulary: int, lengths: tuple[int, ...] = (5, 9, 14), seed: int = 0) -> list[list[int]]:
+    """Random token rows of mixed lengths, so that padding and positions are part of the check."""
+    generator = np.random.default_rng(seed)
+    return [generator.integers(0, vocabulary, n).tolist() for n in lengths]
+
+
+def sampler_logprobs(model: nn.Module, rows: list[list[int]]) -> list[np.ndarray]:
+    """Teacher-forced float32 logprobs of tokens 1… of each row, through the padded batch cache of the engine."""
+    longest = max(len(r) for r in rows)
+    cache = Cache(len(model.layers), len(rows), longest)
+    tokens = mx.array([[0] * (longest - len(r)) + r for r in rows])
+    valid = mx.array([[False] * (longest - len(r)) + [True] * len(r) for r in rows])
+    logits = head(model, cache.forward(model.model, tokens, valid)).astype(mx.float32)
+    logprobs = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+    chosen = mx.take_along_axis(logprobs[:, :-1], tokens[:, 1:, None], axis=-1)[..., 0]
+    mx.eval(chosen)
+    return [np.array(chosen[i, longest - len(r) :]) for i, r in enumerate(rows)]
+
+
+@torch.no_grad()
+def trainer_logprobs(model: Any, rows: list[list[int]]) -> list[np.ndarray]:
+    """The same from the torch model, one row at a time, without padding: the plainest reference."""
+    device = next(model.parameters()).device
+    out = []
+    for row in rows:
+        ids = torch.tensor([row], device=device)
+        logprobs = model(input_ids=ids, use_cache=False).logits.float().log_softmax(-1)
+        out.append(logprobs[0, :-1].gather(-1, ids[0, 1:, None])[:, 0].cpu().numpy())
+    return out
+
+
+def compare(trainer: Any, sampler: nn.Module, rows: list[list[int]]) -> Parity:
+    """|dlogp| between the two on `rows` (trainer in eval mode; left as it was)."""
+    training = trainer.training
+    trainer.eval()
+    try:
+        ours, theirs = sampler_logprobs(sampler, rows), trainer_logprobs(trainer, rows)
+    finally:
+        trainer.train(training)
+    difference = np.abs(np.concatenate(ours) - np.concatenate(theirs))
+    return Parity(float(difference.mean()), float(difference.max()), len(difference))
+
+
+def check(trainer: Any, sampler: nn.Module, dtype: str, vocabulary: int) -> Parity:
+    """`compare` on a probe; raises RunFailed naming the first layer that differs when it is above the tolerance."""
+    rows = probe(vocabulary)
+    parity = compare(trainer, sampler, rows)
+    if not parity.mean <= TOLERANCE[dtype]:  # also true for NaN
+        layer, error = first_difference(trainer, sampler, rows[-1])
+        raise RunFailed(
+            f"trainer and sampler are not the same policy: mean |dlogp| {parity.mean:.3g} on {parity.tokens} tokens, "
+            f"at most {TOLERANCE[dtype]} expected in {dtype}; first to differ is {layer} (relative error {error:.2g})"
+        )
+    return parity
+
+
+@torch.no_grad()
+def first_difference(trainer: Any, sampler: nn.Module, row: list[int], threshold: float = 5e-2) -> tuple[str, float]:
+    """Name and relative error of the first module whose output differs by more than `threshold` on `row`.
+
+    Walks embedding, then attention, feed-forward and sum of each layer, then the head.
+    """
+    base = trainer.get_base_model() if hasattr(trainer, "get_base_model") else trainer
+    seen: dict[str, np.ndarray] = {}
+
+    def keep(name: str) -> Any:
+        def hook(_module: Any, _inputs: Any, output: Any) -> None:
+            value = output[0] if isinstance(output, tuple) else output
+            seen[name] = value.float().cpu().numpy().reshape(-1, value.shape[-1])
+
+        return hook
+
+    hooks = [base.model.embed_tokens.register_forward_hook(keep("model.embed_tokens"))]
+    for i, layer in enumerate(base.model.layers):
+        for part, module in ((".self_attn", layer.self_attn), (".mlp", layer.mlp), ("", layer)):
+            hooks.append(module.register_forward_hook(keep(f"model.layers.{i}{part}")))
+    try:
+        logits = trainer(
+            input_ids=torch.tensor([row], device=next(trainer.parameters()).device), use_cache=False
+        ).logits
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+    def error(name: str, ours: mx.array) -> float:
+        mine = np.array(ours.astype(mx.float32)).reshape(-1, ours.shape[-1])
+        value = float(np.linalg.norm(mine - seen[name]) / (np.linalg.norm(seen[name]) + 1e-30))
+        return value if np.isfinite(value) else float("inf")
+
+    hidden = sampler.model.embed_tokens(mx.array([row]))
+    found = error("model.embed_tokens", hidden)
+    if found > threshold:
+        return "model.embed_tokens", found
+    for i, layer in enumerate(sampler.model.layers):
+        attended = layer.self_attn(layer.input_layernorm(hidden), "causal", None)
+        middle = hidden + attended
+        fed = layer.mlp(layer.post_attention_layernorm(middle))
+        hidden = middle + fed
+        for part, value in ((".self_attn", attended), (".mlp", fed), ("", hidden)):
+            found = error(f"model.layers.{i}{part}", value)
+            if found > threshold:
+                return f"model.layers.{i}{part}", found
+    seen["lm_head"] = logits.float().cpu().numpy().reshape(-1, logits.shape[-1])
+    return "lm_head", error("lm_head", head(sampler, sampler.model.norm(hidden)))

@@ -1,0 +1,360 @@
+"""`python -m rl train`: what a config builds on, then its own run, from the base to models/final."""
+
+import json
+import os
+import shutil
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from rl import config as configs
+from rl import files, record, report, run
+from rl.config import Config
+from rl.display import Display, Sample
+from rl.errors import RunFailed, UserError
+from rl.rewards import Score
+
+ROOT = Path()  # commands run in the repository's root; relative paths keep result folders movable
+STAGES = 5
+
+
+def main(
+    path: Path,
+    overrides: Sequence[str] = (),
+    *,
+    resume: bool = False,
+    restart: bool = False,
+    seeds: Sequence[int] | None = None,
+) -> int:
+    """Train `path` (once per seed, then one table over the seeds). Returns the exit code.
+
+    Raises UserError (2) for bad input, RunFailed (1) for a run that cannot go on, KeyboardInterrupt (130).
+    """
+    _quiet()
+    display = Display(stages=STAGES)
+    command = " ".join(["nox -s train --", *_shown(sys.argv)])
+    if seeds is None:
+        train_run(path, overrides, display, command, resume=resume, restart=restart)
+        return 0
+    names = []
+    for seed in seeds:
+        own = Display(stages=STAGES)
+        names.append(
+            train_run(path, [*overrides, f"run.seed={seed}"], own, command, resume=resume, restart=restart, many=True)
+        )
+    name = configs.load(path, overrides).run.name
+    display.seeds(report.write_seeds(ROOT, name, names))
+    display.note(f"written to models/final/{name}-seeds.md and .json")
+    return 0
+
+
+def train_run(
+    path: Path,
+    overrides: Sequence[str],
+    display: Display,
+    command: str | None = None,
+    *,
+    resume: bool = False,
+    restart: bool = False,
+    many: bool = False,
+) -> str:
+    """Train one config with one seed, and first the runs it builds on; returns the run's name.
+
+    A run that is finished with the same inputs is reused, one that is unfinished or differs raises UserError
+    (`resume` continues, `restart` replaces). With `many`, unfinished runs of a list of seeds are simply continued.
+    """
+    config = configs.load(path, overrides)
+    seeded = any(o.partition("=")[0].strip() == "run.seed" for o in overrides)
+    name = run.run_name(config.run.name, config.run.seed, seeded)
+    parents = _parents(config, display, resume)
+
+    display.stage(f"{name}: data and base model")
+    from rl import data, device, models, start
+
+    dataset = data.build(config)
+    display.note(f"{len(dataset.train)} training and {len(dataset.heldout)} held-out rows from {dataset.source}")
+    where = device.pick(config.run.device)
+    device.prepare(where)
+    parent = ROOT / "models" / "final" / parents["model.from"].name if "model.from" in parents else None
+    begin = start.find(config, ROOT, parent)
+    tokenizer = models.load_tokenizer(begin.base)
+    _check_prompts(config, dataset, tokenizer, begin)
+    fresh = record.new(
+        ROOT,
+        name=name,
+        config=configs.resolved(config),
+        seed=config.run.seed,
+        device=device.describe(where),
+        base={"id": begin.base.id, "sha256": begin.sha256},
+        data={
+            "source": dataset.source,
+            "fingerprint": dataset.fingerprint,
+            "rows": {"train": len(dataset.train), "heldout": len(dataset.heldout)},
+        },
+        parents=[{"role": role, "name": p.name, "inputs_sha256": p.inputs_sha256} for role, p in parents.items()],
+        command=command,
+    )
+    unfinished = bool(run.last_checkpoint(run.folders(ROOT, name)[0])) if many else False
+    opened = run.start(ROOT, fresh, resume=resume or (many and not restart and unfinished), restart=restart)
+    if opened.state == "finished":
+        display.note(f"{name} is finished with these very inputs: {opened.final} (--restart trains it again)")
+        return name
+    with run.recording(opened):
+        _work(config, opened, dataset, where, begin, tokenizer, display)
+    return name
+
+
+def _parents(config: Config, display: Display, resume: bool) -> dict[str, record.Record]:
+    """The finished runs that `config` builds on, trained first where they are missing."""
+    found = {}
+    for role, path in configs.builds_on(config).items():
+        if role != "model.from":
+            raise UserError(f"{config.path}: {role} is not supported yet; build on [model] from")
+        other = configs.load(path)
+        final = run.folders(ROOT, other.run.name)[1]
+        unfinished = run.last_checkpoint(run.folders(ROOT, other.run.name)[0]) is not None
+        train_run(path, [], display, f"nox -s train -- {path}", resume=resume or unfinished)
+        found[role] = record.read(final)
+    return found
+
+
+def _check_prompts(config: Config, dataset: Any, tokenizer: Any, begin: Any) -> None:
+    """Every prompt fits the context with room for its completion; chat prompts find a template."""
+    from rl import data, models
+
+    if config.data.form == "chat" or isinstance(dataset.heldout[0]["prompt"], list):
+        models.require_chat_template(tokenizer, str(config.path))
+    context = json.loads((begin.base.path / "config.json").read_text()).get("max_position_embeddings")
+    if context:
+        limit = context - config.rollout.max_completion_length
+        data.check_lengths([*dataset.train, *dataset.heldout], tokenizer, limit, str(config.path))
+
+
+def _work(
+    config: Config, opened: run.OpenRun, dataset: Any, where: Any, begin: Any, tokenizer: Any, display: Display
+) -> None:
+    """From a loaded base to a finished run folder."""
+    from rl import measure, rewards, start
+    from rl.algorithms import base as algorithms
+    from rl.algorithms import seam
+
+    functions, grade = rewards.build(config.rewards), rewards.grader(config.rewards)
+    display.stage(f"policy on {where.type}, sampler: {config.rollout.engine}, {config.rollout.precision} precision")
+    policy = start.load_policy(config, begin, where)
+    stop_ids = seam.stop_ids(tokenizer, config.rollout.stop)
+    sampler = start.load_sampler(config, begin, policy, tokenizer, stop_ids)
+    _check_parity(config, policy, sampler, len(tokenizer), display)
+
+    def held_out(title: str) -> measure.Measurement:
+        with display.eval_progress(len(dataset.heldout), title=title) as bar:
+            return measure.measure(
+                sampler,
+                tokenizer,
+                dataset.heldout,
+                grade,
+                config.rollout.max_completion_length,
+                lambda more: bar.update(bar.step + more),
+            )
+
+    display.stage(f"before: {len(dataset.heldout)} held-out questions, greedy")
+    before = _remembered(opened.folder / "before.json") or held_out("before")
+    _remember(opened.folder / "before.json", before)
+
+    display.stage(f"{config.trainer.algorithm}: training")
+    job = algorithms.Job(
+        config=config,
+        folder=opened.folder,
+        device=where,
+        model=policy,
+        tokenizer=tokenizer,
+        train=dataset.train,
+        rewards=functions,
+        sampler=sampler if config.rollout.engine == "mlx" else None,
+        stop_ids=stop_ids,
+        resume=opened.checkpoint.path if opened.checkpoint else None,
+        tokens=opened.record.tokens,
+    )
+    outcome = _train(config, opened, job, display)
+    _note_rewards(functions, display)
+    if outcome.failure:
+        kept = run.last_checkpoint(opened.folder)
+        raise RunFailed(
+            f"{outcome.failure}; last good checkpoint: {kept.path if kept else 'none yet'} (--resume goes on from it)"
+        )
+    if outcome.interrupted:
+        raise KeyboardInterrupt
+    display.stage(f"after: {len(dataset.heldout)} held-out questions, greedy")
+    if config.rollout.engine == "mlx":
+        sampler.sync(policy)
+    after = held_out("after")
+    _finish(config, opened, dataset, before, after, policy, tokenizer, sampler, where, display)
+
+
+def _check_parity(config: Config, policy: Any, sampler: Any, vocabulary: int, display: Display) -> None:
+    if config.rollout.engine != "mlx":
+        return
+    parity = sampler.check(policy, vocabulary)
+    from rl.rollouts.device import describe
+
+    mlx = describe()
+    held = "packed" if sampler.packed else sampler.dtype
+    display.note(
+        f"MLX {mlx['version']} on {mlx['backend']}, weights held {held}; "
+        f"mean |Δlogp| to the trainer {parity.mean:.1e} on {parity.tokens} tokens"
+    )
+
+
+def _train(config: Config, opened: run.OpenRun, job: Any, display: Display) -> Any:
+    """Train with a live bar; every logged step and every whole checkpoint goes into the run's folder."""
+    import importlib
+
+    from rl.algorithms.base import Hooks
+
+    algorithm = importlib.import_module(f"rl.algorithms.{config.trainer.algorithm}")
+    done = opened.checkpoint.step if opened.checkpoint else 0
+    with display.train_progress(1, start=done, title=config.trainer.algorithm) as bar:
+
+        def metrics(step: int, values: dict[str, Any]) -> None:
+            run.log(opened, step, values)
+            bar.update(step, values)
+
+        def saved(step: int, folder: Path, good: bool) -> None:
+            if good:
+                run.mark_complete(opened, folder, step)
+            else:
+                shutil.rmtree(folder)  # nothing to go back to
+
+        def total(steps: int) -> None:
+            bar.total = steps
+
+        job.hooks = Hooks(metrics=metrics, saved=saved, total=total, warn=display.warn)
+        return algorithm.train(job)
+
+
+def _finish(
+    config: Config,
+    opened: run.OpenRun,
+    dataset: Any,
+    before: Any,
+    after: Any,
+    policy: Any,
+    tokenizer: Any,
+    sampler: Any,
+    where: Any,
+    display: Display,
+) -> None:
+    """Save weights, tokenizer, held-out rows and record; move them to models/final whole; show the result."""
+    from rl import device
+    from rl.hf_folder import top_level_rope
+
+    result = report.result(config.eval.metric, before.scores, after.scores)
+    rows = record.read_metrics(opened.folder / "metrics.jsonl")
+    opened.record.result = result
+    opened.record.rollout = _rollout_record(config, rows, sampler)
+    opened.record.peak_memory_bytes = device.memory_bytes(where)
+    stage = run.staging(opened)
+    policy.save_pretrained(stage, safe_serialization=True)
+    tokenizer.save_pretrained(stage)
+    if (stage / "config.json").exists():  # mlx-lm reads RoPE's settings at the top level only
+        files.write_json(stage / "config.json", top_level_rope(json.loads((stage / "config.json").read_text())))
+    if config.model.lora is not None:
+        from rl.rollouts.export import write_adapter
+
+        write_adapter(policy, stage / "mlx")
+    _jsonl(stage / "heldout.jsonl", dataset.heldout)
+    samples = [
+        {"id": row["id"], "answer": row["answer"], "before": b, "after": a, "right": [s.strict, t.strict]}
+        for row, b, a, s, t in zip(
+            dataset.heldout, before.completions, after.completions, before.scores, after.scores, strict=True
+        )
+    ]
+    _jsonl(stage / "samples.jsonl", samples)
+    final = run.finish(opened)
+    display.result(
+        result,
+        [
+            Sample(_last(row["prompt"]), s["before"], s["after"], row["answer"], *s["right"])
+            for row, s in zip(dataset.heldout, samples, strict=True)
+        ],
+        {
+            "model": final,
+            "record": final / "run.json",
+            "every step": final / "metrics.jsonl",
+            "curves": final / "curves.png",
+            "completions": final / "samples.jsonl",
+        },
+    )
+
+
+def _rollout_record(config: Config, rows: list[dict[str, Any]], sampler: Any) -> dict[str, Any]:
+    """`run.json`'s `rollout`: means over the logged steps; null where the run did not sample."""
+
+    def mean(key: str) -> float | None:
+        values = [row[key] for row in rows if isinstance(row.get(key), int | float)]
+        return sum(values) / len(values) if values else None
+
+    return {
+        "engine": config.rollout.engine,
+        "precision": config.rollout.precision,
+        "dtype": getattr(sampler, "dtype", None),
+        "packed": getattr(sampler, "packed", None),
+        "tokens_per_s": mean("rollout/tokens_per_s"),
+        "sync_s": mean("time/sync"),
+        "sync_bytes": mean("sync/bytes"),
+        "mean_abs_dlogp": mean("sampling/sampling_logp_difference/mean"),
+        "ess": mean("sampling/ess"),
+    }
+
+
+def _note_rewards(functions: Sequence[Any], display: Display) -> None:
+    for function in functions:
+        if function.stats.errors:
+            display.warn(
+                f"reward '{function.name}' failed on {function.stats.errors} of {function.stats.samples} samples, "
+                f"which were left out; the first: {function.stats.first_error}"
+            )
+
+
+def _remember(path: Path, measurement: Any) -> None:
+    scores = [asdict(score) for score in measurement.scores]
+    files.write_json(path, {"scores": scores, "completions": measurement.completions})
+
+
+def _remembered(path: Path) -> Any:
+    """The measurement before training, when an earlier part of this run has made it."""
+    from rl.measure import Measurement
+
+    if not path.exists():
+        return None
+    kept = json.loads(path.read_text())
+    return Measurement([Score(**score) for score in kept["scores"]], kept["completions"])
+
+
+def _jsonl(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    files.write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def _last(prompt: str | list[dict[str, str]]) -> str:
+    return prompt if isinstance(prompt, str) else prompt[-1]["content"]
+
+
+def _shown(argv: Sequence[str]) -> list[str]:
+    """The arguments after `train`, for the record."""
+    return list(argv[argv.index("train") + 1 :]) if "train" in argv else []
+
+
+def _quiet() -> None:
+    """Keep the libraries' own bars and hints off the terminal: the run's display shows what matters."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    import warnings
+
+    import datasets
+    import transformers
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", category=UserWarning, module=r"torch|peft|transformers|trl")

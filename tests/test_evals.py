@@ -1,0 +1,443 @@
+"""evals/ against closed forms, scipy, and a tiny random Llama that the test writes itself. No network."""
+
+import json
+import math
+import shutil
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy import stats as reference
+
+from evals import __main__ as cli
+from evals import measure, runs, stats, table
+from rl.errors import UserError
+
+ALPHABET = "0123456789+-= "
+QUESTIONS = [(a, b) for a in (3, 7, 12, 40) for b in (2, 5, 8)]  # prompts of 4 and 5 characters: padding matters
+
+
+# --- statistics
+
+
+@given(st.integers(1, 400).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n))))
+def test_wilson_equals_scipy(share: tuple[int, int]) -> None:
+    successes, n = share
+    expected = reference.binomtest(successes, n).proportion_ci(method="wilson")
+    assert stats.wilson(successes, n) == pytest.approx((expected.low, expected.high), abs=1e-12)
+
+
+def test_wilson_is_not_empty_at_the_ends() -> None:
+    """Trap: the normal interval of 0/20 and 20/20 has width 0, which claims certainty."""
+    assert stats.wilson(0, 20)[0] == 0
+    assert stats.wilson(0, 20)[1] == pytest.approx(0.161125, abs=1e-6)
+    assert stats.wilson(20, 20) == pytest.approx((1 - 0.161125, 1), abs=1e-6)
+
+
+def test_binomial_stderr_by_hand() -> None:
+    assert stats.binomial_stderr(20, 80) == pytest.approx(math.sqrt(0.25 * 0.75 / 80))
+    assert stats.binomial_stderr(0, 5) == 0
+    with pytest.raises(ValueError, match="6 of 5"):
+        stats.binomial_stderr(6, 5)
+
+
+@given(st.lists(st.tuples(st.booleans(), st.booleans()), min_size=2, max_size=60))
+def test_paired_difference_equals_scipy(pairs: list[tuple[bool, bool]]) -> None:
+    before, after = [float(a) for a, _ in pairs], [float(b) for _, b in pairs]
+    found = stats.paired_difference(before, after)
+    difference = [b - a for a, b in zip(before, after, strict=True)]
+    assert found.value == pytest.approx(sum(after) / len(after) - sum(before) / len(before))
+    assert found.stderr == pytest.approx(reference.sem(difference))
+    low, high = reference.norm.interval(0.95, loc=found.value, scale=max(found.stderr, 1e-300))
+    assert (found.low, found.high) == pytest.approx((low, high))
+
+
+def test_pairing_narrows_the_interval() -> None:
+    """Trap: adding the two errors as if the questions differed overstates the error of a gain."""
+    before = [1.0] * 40 + [0.0] * 40
+    after = [1.0] * 44 + [0.0] * 36
+    paired = stats.paired_difference(before, after).stderr
+    apart = math.hypot(stats.mean(before).stderr, stats.mean(after).stderr)
+    assert paired == pytest.approx(math.sqrt(80 / 79 * 0.05 * 0.95 / 80))
+    assert paired < apart / 3
+
+
+def test_mean_of_one_has_no_error() -> None:
+    assert math.isnan(stats.mean([1.0]).stderr)
+    with pytest.raises(ValueError, match="3 questions before, 2 after"):
+        stats.paired_difference([1, 0, 1], [1, 0])
+
+
+# --- a checkout with one full run, its base, and one adapter run
+
+
+def _tokenizer(folder: Path) -> int:
+    """A character tokenizer with <pad> and <eos>, written to `folder`; the size of its vocabulary."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {token: i for i, token in enumerate(["<pad>", "<eos>", *ALPHABET])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>")
+    fast.save_pretrained(folder)
+    return len(vocabulary)
+
+
+def _llama(folder: Path, seed: int) -> None:
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    size = _tokenizer(folder)
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=size,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=64,
+        initializer_range=0.6,  # wide, so that greedy paths differ by prompt and some end early
+        pad_token_id=0,
+        bos_token_id=None,
+        eos_token_id=1,
+        tie_word_embeddings=False,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+
+
+def _run(root: Path, name: str, base: str) -> Path:
+    """models/final/<name>: run.json and heldout.jsonl of an arithmetic run."""
+    folder = root / "models" / "final" / name
+    folder.mkdir(parents=True)
+    record = {
+        "name": name,
+        "status": "finished",
+        "base": {"id": base, "sha256": "0"},
+        "parents": [],
+        "config": {
+            "model": {"base": base},
+            "rollout": {"max_completion_length": 6, "stop": []},
+            "reward": [{"name": "exact", "weight": 1.0, "extract": "plain"}],
+            "trainer": {"algorithm": "grpo"},
+        },
+    }
+    (folder / "run.json").write_text(json.dumps(record))
+    rows = [{"id": f"{a}+{b}", "prompt": f"{a}+{b}=", "answer": str(a + b), "task": "arithmetic"} for a, b in QUESTIONS]
+    (folder / "heldout.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def measured(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkout after `python -m evals`: results and tables of both runs and their base."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    root = tmp_path_factory.mktemp("checkout")
+    base = root / "models" / "base" / "random"
+    _llama(base, seed=0)
+    _llama(_run(root, "full", "random"), seed=1)
+    # a folder may ship settings that are not greedy decoding, and no EOS
+    (root / "models/final/full/generation_config.json").write_text('{"repetition_penalty": 3.0}')
+    adapter = _run(root, "lora", "random")
+    torch.manual_seed(2)
+    model = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(base),
+        LoraConfig(r=4, target_modules=["q_proj", "v_proj", "down_proj"], init_lora_weights=False),
+    )
+    model.peft_config["default"].base_model_name_or_path = "models/base/random"
+    model.save_pretrained(adapter, save_embedding_layers=False)
+    _tokenizer(adapter)
+    cli.main(["--batch-size", "5", "--device", "cpu"], root)
+    return root
+
+
+@pytest.fixture
+def checkout(measured: Path, tmp_path: Path) -> Path:
+    """A copy of the measured checkout that a test may break."""
+    return Path(shutil.copytree(measured, tmp_path / "checkout"))
+
+
+def _samples(path: Path) -> list[dict]:
+    lines = path.with_name(f"{path.stem}.samples.jsonl").read_text().splitlines()
+    return sorted(map(json.loads, lines), key=lambda sample: sample["doc_id"])
+
+
+def _greedy(model: Path, adapter: Path | None, prompts: list[str]) -> list[str]:
+    """Greedy completions of 6 tokens, one prompt at a time without a cache: what lm-eval should have generated."""
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    network = AutoModelForCausalLM.from_pretrained(model)
+    if adapter:
+        network = PeftModel.from_pretrained(network, str(adapter))
+    tokens = ["<pad>", "<eos>", *ALPHABET]
+    texts = []
+    for prompt in prompts:
+        ids = [tokens.index(character) for character in prompt]
+        for _ in range(6):
+            with torch.no_grad():
+                ids.append(int(network(torch.tensor([ids])).logits[0, -1].argmax()))
+            if ids[-1] == 1:
+                break
+        texts.append("".join(tokens[i] for i in ids[len(prompt) :] if i > 1))
+    return texts
+
+
+@pytest.mark.parametrize(("run", "role"), [("full", "run"), ("full", "base"), ("lora", "run"), ("lora", "base")])
+def test_batched_completions_equal_single_ones(measured: Path, run: str, role: str) -> None:
+    """Traps: wrong positions under left padding; text after EOS in a batch; an adapter that was never applied."""
+    base = measured / "models" / "base" / "random"
+    final = measured / "models" / "final" / run
+    model, adapter = {
+        ("full", "run"): (final, None),
+        ("lora", "run"): (base, final),
+    }.get((run, role), (base, None))
+    samples = _samples(measure.result_path(measured, run, role, "heldout"))
+    prompts = [sample["arguments"][0][0] for sample in samples]
+    assert prompts == [f"{a}+{b}=" for a, b in QUESTIONS]
+    assert [sample["resps"][0][0] for sample in samples] == _greedy(model, adapter, prompts)
+
+
+def test_the_models_differ_and_some_completions_end_early(measured: Path) -> None:
+    """Without this the comparison above could pass on four equal models, or on none that stops."""
+    texts = {
+        (run, role): [s["resps"][0][0] for s in _samples(measure.result_path(measured, run, role, "heldout"))]
+        for run in ("full", "lora")
+        for role in ("run", "base")
+    }
+    assert texts["full", "base"] == texts["lora", "base"]
+    assert len({tuple(value) for value in texts.values()}) == 3
+    lengths = {len(text) for value in texts.values() for text in value}
+    assert min(lengths) < 6 <= max(lengths)
+
+
+def test_result_is_lm_evals_own_with_error_and_version(measured: Path) -> None:
+    path = measure.result_path(measured, "full", "run", "heldout")
+    result = json.loads(path.read_text())
+    strict = [sample["strict"] for sample in _samples(path)]
+    assert result["results"]["heldout"]["strict,none"] == pytest.approx(sum(strict) / len(strict))
+    assert result["versions"]["heldout"] == 1.0
+    assert result["n-samples"]["heldout"] == {"original": 12, "effective": 12}
+    assert result["config"]["model_dtype"] == "torch.float32"
+    assert str(measured.resolve()) not in path.read_text()
+
+
+def test_scores_strict_and_lenient() -> None:
+    """Trap: lm-eval's exact match on raw text would mark a right answer followed by anything as wrong."""
+    from lm_eval.tasks import TaskManager
+
+    assert TaskManager(include_path=str(measure.TASKS), include_defaults=False).all_tasks == ["heldout"]
+    from evals.tasks import heldout
+
+    doc = {"row": json.dumps({"prompt": "7+5=", "answer": "12"}), "rewards": '[{"name": "exact", "options": {}}]'}
+    marks = {text: tuple(heldout.process_results(doc, [text]).values()) for text in ("12", " 12", "=12", "112", "")}
+    assert marks == {
+        "12": (1, 1, 1),
+        " 12": (1, 1, 1),
+        "=12": (0, 1, 0),
+        "112": (0, 0, 1),
+        "": (0, 0, 0),
+    }
+
+
+# --- tables
+
+
+def test_tables_are_byte_identical_when_built_again(checkout: Path) -> None:
+    tables = checkout / "evals" / "tables"
+    first = {path.name: path.read_bytes() for path in tables.iterdir()}
+    assert first.keys() == {"results.md", "results.csv", "differences.csv"}
+    shutil.rmtree(tables)
+    cli.main(["table"], checkout)
+    assert {path.name: path.read_bytes() for path in tables.iterdir()} == first
+
+
+def _put(root: Path, run: str, role: str, marks: list[int]) -> Path:
+    """A result as `measure` writes it, with these strict marks."""
+    import hashlib
+
+    samples = "".join(
+        json.dumps({"doc_id": i, "prompt_hash": f"h{i}", "strict": float(mark)}) + "\n" for i, mark in enumerate(marks)
+    )
+    path = measure.result_path(root, run, role, "heldout")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    result = {
+        "results": {"heldout": {"strict,none": sum(marks) / len(marks), "strict_stderr,none": 0.01}},
+        "versions": {"heldout": 1.0},
+        "n-shot": {"heldout": 0},
+        "n-samples": {"heldout": {"effective": len(marks)}},
+        "higher_is_better": {"heldout": {"strict": True}},
+        "duet": {"run": run, "role": role, "samples_sha256": hashlib.sha256(samples.encode()).hexdigest()},
+    }
+    path.with_name("heldout.samples.jsonl").write_text(samples)
+    path.write_text(json.dumps(result))
+    return path
+
+
+def test_table_compares_question_by_question(tmp_path: Path) -> None:
+    _put(tmp_path, "a", "base", [1, 0, 0, 0])
+    _put(tmp_path, "a", "run", [1, 1, 1, 0])
+    (gain,) = table.compare(table.read(tmp_path))[0]
+    assert (gain.before, gain.after, gain.value, gain.n) == (0.25, 0.75, 0.5, 4)
+    assert gain.stderr == pytest.approx(math.sqrt(1 / 3 / 4))  # differences 0, 1, 1, 0
+    table.build(tmp_path)
+    text = (tmp_path / "evals/tables/results.md").read_text()
+    assert "| a (base) | heldout | 1.0 | none | 0 | 4 | strict | ↑ | 0.2500 | ± | 0.0100 | 0.0456 – 0.6994 |" in text
+    assert "| a | heldout | 4 | strict | 0.2500 | 0.7500 | +0.5000 | ± | 0.2887 | -0.0658 – +1.0658 |" in text
+
+
+def test_other_questions_are_not_compared(tmp_path: Path) -> None:
+    """Trap: a start measured on fewer rows gives a difference that is no difference."""
+    _put(tmp_path, "a", "base", [1, 0])
+    _put(tmp_path, "a", "run", [1, 1, 1, 0])
+    differences, unlike = table.compare(table.read(tmp_path))
+    assert (differences, unlike) == ([], ["a on heldout"])
+
+
+@pytest.mark.parametrize("broken", ["heldout.json", "heldout.samples.jsonl"])
+def test_truncated_result_is_one_line_and_leaves_the_tables(tmp_path: Path, broken: str) -> None:
+    _put(tmp_path, "a", "run", [1, 1, 1, 0])
+    path = _put(tmp_path, "b", "run", [1, 0, 1, 0]).with_name(broken)
+    table.build(tmp_path)
+    before = {file: file.read_bytes() for file in (tmp_path / "evals" / "tables").iterdir()}
+    path.write_bytes(path.read_bytes()[:40])
+    with pytest.raises(UserError) as error:
+        cli.main(["table"], tmp_path)
+    assert str(path) in str(error.value)
+    assert "nox -s eval -- b --again" in str(error.value)
+    assert "\n" not in str(error.value)
+    assert {file: file.read_bytes() for file in (tmp_path / "evals" / "tables").iterdir()} == before
+
+
+# --- the command line
+
+
+def test_up_to_date_results_are_kept_and_changed_weights_are_not(
+    checkout: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Trap: a result reused after the run was trained again reports the old model."""
+    asked = []
+    monkeypatch.setattr(
+        measure, "_evaluate", lambda root, run, subject, *rest: asked.append((run.name, subject.role)) or 1 / 0
+    )
+    cli.main(["--batch-size", "3"], checkout)
+    assert asked == []
+    weights = checkout / "models" / "final" / "full" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-4] + b"\x00\x00\x00\x40")
+    with pytest.raises(ZeroDivisionError):
+        cli.main([], checkout)
+    assert asked == [("full", "run")]
+
+
+def test_limit_of_one_has_no_stderr(checkout: Path) -> None:
+    """Trap: lm-eval divides by n − 1 for the error."""
+    cli.main(["lora", "--limit", "1", "--device", "cpu"], checkout)
+    rows = {row.run: row for result in table.read(checkout) for row in result.rows if row.metric == "strict"}
+    assert (rows["lora"].n, rows["full"].n) == (1, 12)
+    assert math.isnan(rows["lora"].stderr)
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["ful"], ["ful: no such run in models/final", "'full'"]),
+        (["--tasks", "heldot"], ["unknown task 'heldot'", "'heldout'"]),
+        (["models/final/nothing-near"], ["no such run", "valid: full, lora"]),
+    ],
+)
+def test_wrong_name_is_one_line_with_the_nearest(checkout: Path, argv: list[str], words: list[str]) -> None:
+    with pytest.raises(UserError) as error:
+        cli.main(argv, checkout)
+    assert all(word in str(error.value) for word in words)
+    assert "\n" not in str(error.value)
+
+
+def _cut(path: Path, length: int) -> None:
+    path.write_bytes(path.read_bytes()[:length])
+
+
+def _long_row(folder: Path) -> None:
+    row = {"id": "long", "prompt": "1+" * 30 + "1=", "answer": "31", "task": "arithmetic"}
+    (folder / "heldout.jsonl").write_text(json.dumps(row) + "\n")
+
+
+def _chat_row(folder: Path) -> None:
+    row = {"id": "c", "prompt": [{"role": "user", "content": "1+1="}], "answer": "2", "task": "arithmetic"}
+    (folder / "heldout.jsonl").write_text(json.dumps(row) + "\n")
+
+
+def _no_eos(folder: Path) -> None:
+    path = folder / "tokenizer_config.json"
+    settings = json.loads(path.read_text())
+    settings["eos_token"] = None
+    path.write_text(json.dumps(settings))
+
+
+@pytest.mark.parametrize(
+    ("breaks", "words"),
+    [
+        (lambda f: (f / "model.safetensors").unlink(), "no model*.safetensors, so there is no model"),
+        (lambda f: _cut(f / "model.safetensors", 5000), "model.safetensors: truncated, 5000 bytes of "),
+        (lambda f: _cut(f / "model.safetensors", 5), "model.safetensors: truncated or not safetensors (5 bytes)"),
+        (lambda f: (f / "heldout.jsonl").unlink(), "heldout.jsonl: missing"),
+        (lambda f: (f / "heldout.jsonl").write_text(""), "heldout.jsonl: no rows"),
+        (lambda f: _cut(f / "heldout.jsonl", 90), "heldout.jsonl: line 2 is not JSON"),
+        (lambda f: (f / "heldout.jsonl").write_text('{"id": 1, "prompt": "2="}\n'), "line 1 lacks answer"),
+        (lambda f: _cut(f / "run.json", 90), "run.json: not whole JSON"),
+        (_long_row, "row long has 62 tokens, with 6 new ones more than the 64 of the context"),
+        (_chat_row, "the tokenizer has no chat template"),
+        (_no_eos, "the tokenizer has no EOS token"),
+    ],
+)
+def test_broken_run_is_one_line_and_overwrites_nothing(checkout: Path, breaks, words: str) -> None:
+    """Traps: lm-eval cuts the front off a long question; a missing tensor file would give random weights."""
+    path = measure.result_path(checkout, "full", "run", "heldout")
+    before = path.read_bytes()
+    # only the run itself is asked: its start is measured before it
+    shutil.rmtree(checkout / "models" / "base")
+    breaks(checkout / "models" / "final" / "full")
+    with pytest.raises(UserError) as error:
+        cli.main(["full", "--device", "cpu", "--again"], checkout)
+    assert words in str(error.value)
+    assert "\n" not in str(error.value)
+    assert path.read_bytes() == before
+
+
+def test_start_of_a_run_is_its_parent(checkout: Path) -> None:
+    """Trap: GRPO on top of SFT compared with the raw base would be credited with what SFT taught."""
+    final = checkout / "models" / "final"
+    record = json.loads((final / "full" / "run.json").read_text())
+    record["config"]["model"] = {"from": "sft.toml"}
+    record["parents"] = [{"role": "model.from", "name": "lora", "inputs_sha256": "0"}]
+    (final / "full" / "run.json").write_text(json.dumps(record))
+    start, made = runs.subjects(checkout, runs.load(checkout, "full"))
+    assert (start.role, start.adapter) == ("base", final / "lora")
+    assert (made.role, made.model, made.adapter) == ("run", final / "full", None)
+
+
+def test_no_runs_says_how_to_make_one(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="nox -s train"):
+        cli.main([], tmp_path)
+    with pytest.raises(UserError, match="evals/results holds no result"):
+        cli.main(["table"], tmp_path)
+
+
+def test_bad_name_exits_with_2_and_imports_nothing_heavy() -> None:
+    import subprocess
+    import sys
+
+    code = (
+        "import sys, runpy; sys.argv = ['evals', 'no-such-run-anywhere']\n"
+        "try: runpy.run_module('evals', run_name='__main__')\n"
+        "except SystemExit as e: print(e.code, sorted({'torch', 'transformers', 'lm_eval'} & sys.modules.keys()))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "2 []\n"
+    assert done.stderr.startswith("error: no-such-run-anywhere: ")
+    assert done.stderr.count("\n") == 1

@@ -1,0 +1,103 @@
+"""TRL's arguments as read from its sources, against the real dataclasses of the installed trl and transformers."""
+
+import ast
+import dataclasses
+import inspect
+import types
+import typing
+from pathlib import Path
+
+import pytest
+
+from rl.config_read import Source, conforms
+from rl.errors import UserError
+from rl.trl_fields import VALUES, arguments, check, home_of
+
+
+def real(algorithm: str) -> dict[str, dataclasses.Field[typing.Any]]:
+    from trl import GRPOConfig, SFTConfig
+
+    return {f.name: f for f in dataclasses.fields({"sft": SFTConfig, "grpo": GRPOConfig}[algorithm])}
+
+
+@pytest.mark.parametrize("algorithm", ["sft", "grpo"])
+def test_names_are_those_of_the_real_dataclass(algorithm: str) -> None:
+    assert arguments(algorithm).keys() == real(algorithm).keys()
+    assert len(arguments(algorithm)) > 120
+
+
+@pytest.mark.parametrize("algorithm", ["sft", "grpo"])
+def test_defaults_are_those_of_the_real_dataclass(algorithm: str) -> None:
+    for name, f in real(algorithm).items():
+        if name == "optim":  # depends on the installed torch
+            assert arguments(algorithm)[name].default is None
+        elif f.default is not dataclasses.MISSING:
+            assert arguments(algorithm)[name].default == f.default, name
+
+
+@pytest.mark.parametrize("algorithm", ["sft", "grpo"])
+def test_types_accept_every_default_and_only_plain_values(algorithm: str) -> None:
+    for name, argument in arguments(algorithm).items():
+        if argument.type is None:
+            assert name == "parallelism_config"
+        elif argument.default is not None:
+            assert conforms(argument.default, argument.type), name
+
+
+@pytest.mark.parametrize("algorithm", ["sft", "grpo"])
+def test_plain_types_are_those_of_the_real_annotations(algorithm: str) -> None:
+    plain = {int, float, bool, str}
+    seen = 0
+    for name, f in real(algorithm).items():
+        parts = typing.get_args(f.type) if isinstance(f.type, types.UnionType) else (f.type,)
+        kept = {part for part in parts if part is not type(None)}
+        mine = arguments(algorithm)[name].type
+        if kept <= plain and typing.get_origin(mine) is not typing.Literal:
+            assert set(typing.get_args(mine) or (mine,)) == kept, name
+            seen += 1
+    assert seen > 90
+
+
+def test_enum_values_are_read_so_that_a_misspelt_scheduler_fails_before_training() -> None:
+    from transformers import SchedulerType
+    from transformers.trainer_utils import IntervalStrategy, SaveStrategy
+    from transformers.training_args import OptimizerNames
+
+    enums = {
+        "lr_scheduler_type": SchedulerType,
+        "eval_strategy": IntervalStrategy,
+        "save_strategy": SaveStrategy,
+        "optim": OptimizerNames,
+    }
+    for name, enum in enums.items():
+        assert set(typing.get_args(arguments("grpo")[name].type)) == {member.value for member in enum}
+
+
+def test_values_trl_checks_in_mid_training_are_those_of_its_source() -> None:
+    """Leans on the comparisons in `GRPOTrainer` of TRL 1.16."""
+    import trl.trainer.grpo_trainer as module
+
+    compared: dict[str, set[str]] = {name: set() for _, name in VALUES}
+    for node in ast.walk(ast.parse(Path(inspect.getfile(module)).read_text())):
+        if isinstance(node, ast.Compare) and isinstance(node.left, ast.Attribute) and node.left.attr in compared:
+            constants = (c for part in node.comparators for c in ast.walk(part) if isinstance(c, ast.Constant))
+            compared[node.left.attr] |= {str(c.value) for c in constants}
+    assert compared == {name: set(values) for (_, name), values in VALUES.items()}
+
+
+def test_every_bitsandbytes_or_torchao_optimizer_is_refused_and_torchs_own_are_not() -> None:
+    from transformers.trainer_optimizer import _BITSANDBYTES_OPTIMIZERS, _TORCHAO_OPTIMIZERS
+
+    source = Source("x.toml")
+    for optimizer in [*_BITSANDBYTES_OPTIMIZERS, *_TORCHAO_OPTIMIZERS]:
+        with pytest.raises(UserError, match=r"\[trainer\] optim: found .*\[model.quantization\] is MLX's"):
+            check("grpo", {"optim": optimizer.value}, source)
+    for name in ("adamw_torch", "adamw_torch_fused", "adafactor", "sgd", "rmsprop"):
+        check("grpo", {"optim": name}, source)
+
+
+@pytest.mark.parametrize("algorithm", ["sft", "grpo"])
+def test_no_vllm_or_hub_argument_slips_through_under_a_name_of_its_own(algorithm: str) -> None:
+    for name in arguments(algorithm):
+        if "vllm" in name or "hub" in name or "continuous_batching" in name:
+            assert home_of(name), name
