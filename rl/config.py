@@ -90,11 +90,15 @@ class Data:
     from_: str | None = key("another config, relative to this one, whose run makes the rows", None)
     train_size: int = key("rows to train on, at most", least=1)
     seed: int = key("seed of generation, shuffling and the held-out split", 0, least=0, most=2**32 - 1)
-    shots: int = key("worked examples in front of each question", 0, least=0)
-    form: Literal["plain", "chat", "char"] = key("text with spaces, chat messages, or bare characters", "plain")
-    path: str | None = key("jsonl: file of the rows, with columns prompt and answer", None)
-    heldout_path: str | None = key("jsonl: file of the held-out rows; unset = split off from path", None)
-    name: str | None = key('hub: id of the data set, "org/name"', None)
+    shots: int = key("arithmetic, reasoning-gym: worked examples in front of each question", 0, least=0)
+    form: Literal["plain", "chat", "char"] = key(
+        "plain text, chat messages, or single characters for the tiny model", "plain"
+    )
+    path: str | None = key("jsonl: file of the rows, relative to this config, with columns prompt and answer", None)
+    heldout_path: str | None = key(
+        "jsonl: file of the held-out rows, relative to this config; unset = split off from path", None
+    )
+    name: str | None = key('hub: id of the data set, "org/name" or "org/name:subset"', None)
     split: str = key("hub: split to train on", "train")
     heldout_split: str = key("hub: split to measure on", "test")
     operation: Literal["+", "-", "*"] = key("arithmetic: what a and b are combined with", "+")

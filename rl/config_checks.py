@@ -4,21 +4,29 @@ from __future__ import annotations
 
 import math
 import re
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from rl import trl_fields
 from rl.config_read import Source
+from rl.errors import UserError
 
 if TYPE_CHECKING:
     from rl.config import Config
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
-# keys of [data] that only one source reads
-SOURCE_KEYS = {
-    "arithmetic": ("operation", "max_a", "max_b", "shots"),
-    "reasoning-gym": ("tasks",),
-    "jsonl": ("path", "heldout_path"),
-    "hub": ("name", "split", "heldout_split"),
+# keys of [data] that not every source reads
+SOURCES_OF = {
+    "operation": ("arithmetic",),
+    "max_a": ("arithmetic",),
+    "max_b": ("arithmetic",),
+    "shots": ("arithmetic", "reasoning-gym"),
+    "tasks": ("reasoning-gym",),
+    "path": ("jsonl",),
+    "heldout_path": ("jsonl",),
+    "name": ("hub",),
+    "split": ("hub",),
+    "heldout_split": ("hub",),
 }
 
 
@@ -79,15 +87,22 @@ def _check_data(config: Config, source: Source) -> None:
         raise source.table_error(("data",), "name: missing, source = 'hub' needs the id of a data set, \"org/name\"")
     if data.source == "reasoning-gym" and not data.tasks:
         raise source.table_error(("data",), "task: missing, source = 'reasoning-gym' needs at least one [[data.task]]")
-    for owner, names in SOURCE_KEYS.items():
-        for name in names:
-            # a default that is written out changes nothing (and `resolved` writes it out)
-            if owner != data.source and getattr(data, name) != type(data).__dataclass_fields__[name].default:
-                toml = "task" if name == "tasks" else name
-                raise source.error(("data", toml), f"only for source = '{owner}', found source = '{data.source}'")
+    for name, owners in SOURCES_OF.items():
+        # a default that is written out changes nothing (and `resolved` writes it out)
+        if data.source not in owners and getattr(data, name) != type(data).__dataclass_fields__[name].default:
+            of = " or ".join(f"'{owner}'" for owner in owners)
+            raise source.error(
+                ("data", "task" if name == "tasks" else name), f"only for source = {of}, found source = '{data.source}'"
+            )
+    for name, path in (("path", data.path), ("heldout_path", data.heldout_path)):
+        if path is not None and not (config.path.parent / path).is_file():
+            found = f"no such file: '{config.path.parent / path}' (paths are relative to the config's folder)"
+            raise source.error(("data", name), found)
+    if data.form == "char" and data.source == "reasoning-gym":
+        raise source.error(("data", "form"), "found 'char' for source = 'reasoning-gym', valid: plain, chat")
     if data.shots and data.form == "char":
         raise source.error(("data", "shots"), f"found {data.shots} with form = 'char', valid: 0 there")
-    if data.system is not None and data.form != "chat" and data.source == "arithmetic":
+    if data.system is not None and data.form != "chat":
         raise source.error(("data", "system"), f"only for form = 'chat', found form = '{data.form}'")
     if config.model.base == "tiny" and data.source == "arithmetic":
         if data.form != "char":
@@ -121,6 +136,8 @@ def _check_rollout(config: Config, source: Source) -> None:
 
 
 def _check_rewards(config: Config, source: Source) -> None:
+    from rl import rewards  # here, since a reward may be built without any config
+
     if config.trainer.algorithm == "grpo":
         if not config.rewards:
             raise source.table_error(
@@ -132,8 +149,16 @@ def _check_rewards(config: Config, source: Source) -> None:
         other = reward.options.get("model")
         if other is not None and not isinstance(other, str):
             raise source.error(("reward", i, "model"), f"found {other!r}, valid: the path of a config")
-        if not reward.name.strip():
-            raise source.error(("reward", i, "name"), "found an empty name")
+        if ":" in reward.name:
+            continue  # the user's own module may import anything
+        # same options, and reasoning-gym's import takes seconds
+        light = replace(reward, name="exact") if reward.name == "reasoning-gym" else reward
+        try:
+            rewards.build((light,))
+        except UserError as error:
+            said = str(error).partition(": ")[2]
+            named = next((word for word in re.findall(r"\w+", said) if word in reward.options), "name")
+            raise source.table_error(("reward", i), said, named) from None
 
 
 def _check_trainer(config: Config, source: Source) -> None:

@@ -1,138 +1,20 @@
-"""Run folders, records, checkpoints: what survives a kill, and what is refused."""
+"""Run folders: what survives a kill, what is resumed, and what is refused."""
 
-import errno
-import importlib.metadata
 import json
-import math
 import os
 import signal
 import subprocess
 import sys
 import textwrap
-from dataclasses import asdict, replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
+from run_helper import checkpoint, complete, crash, fresh
 
-from rl import checkpoints, files, record, run
+from rl import files, record, run
 from rl.errors import RunFailed, UserError
 
 ROOT = Path(__file__).parents[1]
-CONFIG = {
-    "run": {"name": "demo", "seed": 0, "device": "auto"},
-    "model": {"base": "tiny"},
-    "trainer": {"algorithm": "grpo", "learning_rate": 1e-4, "max_steps": 8},
-    "rollout": {"stop": []},
-}
-CONTRACT = (
-    *("name", "status", "config", "config_sha256", "lock_sha256", "git", "packages", "python", "platform", "device"),
-    *("seed", "base", "data", "parents", "started", "finished", "wall_s", "steps", "tokens", "peak_memory_bytes"),
-    *("rollout", "result"),
-)
-
-
-def fresh(root: Path, **changes) -> record.Record:
-    config = json.loads(json.dumps(CONFIG))
-    config["trainer"] |= changes.pop("trainer", {})
-    given = {
-        "name": "demo",
-        "config": config,
-        "seed": 0,
-        "device": "cpu",
-        "base": {"id": "tiny", "sha256": "b" * 64},
-        "data": {"source": "arithmetic", "fingerprint": "d" * 64, "rows": {"train": 64, "heldout": 32}},
-    }
-    return record.new(root, **(given | changes))
-
-
-def checkpoint(opened: run.OpenRun, step: int, keep: int = 2) -> Path:
-    """Log steps up to `step` and save a whole checkpoint there, as a trainer would."""
-    for number in range(opened.record.steps + 1, step + 1):
-        run.log(opened, number, {"reward": number / 10})
-    path = opened.folder / f"checkpoint-{step}"
-    files.write_bytes(path / "model.safetensors", b"weights %d" % step)
-    opened.record.tokens = {"prompt": 10 * step, "completion": 5 * step}
-    run.mark_complete(opened, path, step, keep)
-    return path
-
-
-def crash(opened: run.OpenRun) -> None:
-    """What the kernel does on kill -9: nothing is written any more, the lock is gone."""
-    opened.lock.close()
-
-
-def complete(root: Path, **changes) -> run.OpenRun:
-    opened = run.start(root, fresh(root, **changes))
-    checkpoint(opened, 2)
-    files.write_bytes(run.staging(opened) / "model.safetensors", b"final")
-    run.finish(opened)
-    return opened
-
-
-def test_run_json_has_every_key_of_the_contract(tmp_path):
-    opened = run.start(tmp_path, fresh(tmp_path))
-    written = json.loads((opened.folder / "run.json").read_text())
-    assert set(CONTRACT) <= set(written)
-    assert (written["status"], written["name"], written["seed"]) == ("running", "demo", 0)
-    assert written["config"] == CONFIG
-    assert written["config_sha256"] == files.sha256_json(CONFIG)
-    assert written["packages"]["torch"] == importlib.metadata.version("torch")
-    assert written["python"] == ".".join(map(str, sys.version_info[:3]))
-    assert record.read(opened.folder) == opened.record
-
-
-def test_nan_is_written_as_null_not_as_invalid_json(tmp_path):
-    opened = run.start(tmp_path, fresh(tmp_path))
-    opened.record.rollout = {"ess": math.nan, "sync_s": math.inf, "tokens_per_s": 5.0}
-    run.save(opened)
-    run.log(opened, 1, {"kl": math.nan, "reward": 0.5})
-    rollout = json.loads((opened.folder / "run.json").read_text(), parse_constant=pytest.fail)["rollout"]
-    assert rollout == {"ess": None, "sync_s": None, "tokens_per_s": 5.0}
-    row = json.loads((opened.folder / "metrics.jsonl").read_text(), parse_constant=pytest.fail)
-    assert (row["step"], row["kl"], row["reward"]) == (1, None, 0.5)
-
-
-@pytest.mark.parametrize(
-    ("changes", "key"),
-    [
-        ({"trainer": {"learning_rate": 2e-4}}, "trainer.learning_rate: 0.0001 → 0.0002"),
-        ({"trainer": {"beta": 0.1}}, "trainer.beta: null → 0.1"),
-        ({"data": {"source": "arithmetic", "fingerprint": "e", "rows": {}}}, "data.fingerprint: "),
-        ({"base": {"id": "tiny", "sha256": "c"}}, "base.sha256: "),
-        ({"seed": 3}, "seed: 0 → 3"),
-        ({"parents": [{"role": "from", "name": "sft", "inputs_sha256": "9"}]}, "parents.0.inputs_sha256: null"),
-    ],
-)
-def test_each_input_changes_the_hash_and_is_named(tmp_path, changes, key):
-    old, new = fresh(tmp_path), fresh(tmp_path, **changes)
-    assert old.inputs_sha256 != new.inputs_sha256
-    assert any(line.startswith(key) for line in record.differences(old, new)), record.differences(old, new)
-
-
-def test_a_package_that_computes_is_an_input_and_one_that_draws_is_not(tmp_path):
-    old = fresh(tmp_path)
-    for name, same in (("torch", False), ("mlx-lm", False), ("rich", True), ("matplotlib", True)):
-        new = replace(old, packages={**old.packages, name: "0.0"})
-        assert (record.inputs_hash(new) == record.inputs_hash(old)) is same
-        assert (record.differences(old, new) == []) is same
-
-
-def test_machine_time_and_name_are_no_inputs(tmp_path):
-    old = fresh(tmp_path)
-    renamed = {**CONFIG, "run": {**CONFIG["run"], "name": "other"}}
-    new = replace(old, device="mps", platform="x", started="later", git={"commit": "1"}, name="other", config=renamed)
-    assert record.inputs_hash(new) == record.inputs_hash(old)
-    # an independent computation of the hash, key by key
-    parts = {
-        "config": {**CONFIG, "run": {"seed": 0, "device": "auto"}},
-        "parents": [],
-        "data": {"fingerprint": "d" * 64},
-        "base": {"sha256": "b" * 64},
-        "packages": {name: old.packages[name] for name in record.COMPUTING},
-        "seed": 0,
-    }
-    assert old.inputs_sha256 == files.sha256_json(parts)
 
 
 def test_run_name_carries_an_overridden_seed():
@@ -293,25 +175,6 @@ def test_damage_in_metrics_is_refused_and_missing_rows_too(tmp_path):
         run.start(tmp_path, fresh(tmp_path), resume=True)
 
 
-def test_only_the_newest_whole_checkpoints_stay_in_numeric_order(tmp_path):
-    """checkpoint-10 sorts before checkpoint-8 as text."""
-    opened = run.start(tmp_path, fresh(tmp_path))
-    for step in (8, 9, 10):
-        checkpoint(opened, step, keep=2)
-    assert sorted(path.name for path in opened.folder.glob("checkpoint-*")) == ["checkpoint-10", "checkpoint-9"]
-    assert [item.step for item in checkpoints.complete_checkpoints(opened.folder)] == [9, 10]
-
-
-def test_a_kill_in_the_middle_of_pruning_leaves_nothing_that_counts(tmp_path, monkeypatch):
-    opened = run.start(tmp_path, fresh(tmp_path))
-    path = checkpoint(opened, 2)
-    monkeypatch.setattr(checkpoints.shutil, "rmtree", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
-    with pytest.raises(KeyboardInterrupt):
-        checkpoints.remove_checkpoint(path)
-    assert (path / "model.safetensors").exists()
-    assert checkpoints.complete_checkpoints(opened.folder) == []
-
-
 @pytest.mark.parametrize("moved", [False, True], ids=["before the swap", "in the swap"])
 def test_a_kill_in_finish_is_carried_to_its_end(tmp_path, monkeypatch, moved):
     old = complete(tmp_path)
@@ -363,7 +226,7 @@ def test_a_result_holds_safetensors_and_no_pickle(tmp_path):
 HOLDER = """
     import sys, time
     from pathlib import Path
-    from tests.test_run import fresh
+    from run_helper import fresh
     from rl import run
     opened = run.start(Path(sys.argv[1]), fresh(Path(sys.argv[1])))
     print("held", flush=True)
@@ -373,7 +236,7 @@ HOLDER = """
 
 def test_a_second_process_is_refused_with_the_first_ones_pid_until_it_is_killed(tmp_path):
     command = [sys.executable, "-c", textwrap.dedent(HOLDER), str(tmp_path)]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
     with subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True) as holder:
         try:
             assert holder.stdout.readline() == "held\n"
@@ -402,63 +265,6 @@ def test_the_lock_file_of_a_run_that_finished_meanwhile_guards_nothing(tmp_path,
     assert os.path.samestat(os.fstat(opened.lock.fileno()), (folder / ".lock").stat())
 
 
-def full_disk(*_, **__):
-    raise OSError(errno.ENOSPC, "No space left on device", "metrics.jsonl")
-
-
-def test_full_disk_says_path_bytes_free_and_what_is_safe(tmp_path, monkeypatch):
-    opened = run.start(tmp_path, fresh(tmp_path))
-    checkpoint(opened, 4)
-    for name, call in (
-        ("append_metrics", lambda: run.log(opened, 5, {"reward": 1.0})),
-        ("save", lambda: run.save(opened)),
-    ):
-        with monkeypatch.context() as patch:
-            patch.setattr(record, name, full_disk)
-            with pytest.raises(RunFailed, match=r"^metrics\.jsonl: the disk is full \([\d,]+ bytes free\);") as error:
-                call()
-        assert "checkpoint-4 is whole: free some space, then --resume" in str(error.value)
-        assert "\n" not in str(error.value)
-
-
-def test_full_disk_while_marking_leaves_the_checkpoint_uncounted(tmp_path, monkeypatch):
-    opened = run.start(tmp_path, fresh(tmp_path))
-    checkpoint(opened, 2)
-    files.write_bytes(opened.folder / "checkpoint-4" / "model.safetensors", b"x")
-    with monkeypatch.context() as patch:
-        patch.setattr(files, "write_json", full_disk)
-        with pytest.raises(RunFailed, match="checkpoint-2 is whole"), run.recording(opened):
-            run.mark_complete(opened, opened.folder / "checkpoint-4", 4)
-    again = run.start(tmp_path, fresh(tmp_path), resume=True)  # the lock was given back all the same
-    assert again.checkpoint.step == 2
-
-
-@pytest.mark.parametrize(
-    "error",
-    [
-        Exception("Error while serializing: I/O error: No space left on device (os error 28)"),  # safetensors
-        RuntimeError("[enforce fail at inline_container.cc:671] . unexpected pos 576 vs 534"),  # torch.save
-        OSError(errno.EDQUOT, "Disk quota exceeded"),
-    ],
-)
-def test_full_disk_is_known_by_the_words_of_each_writer(tmp_path, error):
-    """safetensors raises no OSError, and torch.save only says that it lost its place (both seen on a full disk)."""
-    with pytest.raises(RunFailed, match="the disk is full"), checkpoints.disk_guard(tmp_path):
-        raise error
-
-
-def test_other_errors_pass_the_disk_guard_as_they_are(tmp_path):
-    with pytest.raises(PermissionError), checkpoints.disk_guard(tmp_path):
-        raise PermissionError(errno.EACCES, "no")
-
-
-def test_check_space_compares_with_the_bytes_free(tmp_path, monkeypatch):
-    monkeypatch.setattr(checkpoints.shutil, "disk_usage", lambda _: SimpleNamespace(free=40))
-    checkpoints.check_space(tmp_path / "not" / "there", 40)
-    with pytest.raises(RunFailed, match="41 bytes are needed and 40 are free; no checkpoint"):
-        checkpoints.check_space(tmp_path, 41)
-
-
 def test_how_a_run_ended_is_recorded(tmp_path):
     for error, status in ((KeyboardInterrupt(), "interrupted"), (ValueError("loss\nis NaN"), "failed")):
         opened = run.start(tmp_path, fresh(tmp_path), restart=True)
@@ -485,51 +291,6 @@ def test_an_error_after_finish_leaves_the_result_finished(tmp_path):
     assert not opened.folder.exists()
 
 
-def test_unreadable_record_is_one_clear_line(tmp_path):
-    opened = complete(tmp_path)
-    for text in ("", "[]", '{"name": "demo"}'):
-        (opened.final / "run.json").write_text(text)
-        with pytest.raises(UserError, match=r"demo/run\.json: not a run record") as error:
-            run.start(tmp_path, fresh(tmp_path))
-        assert "\n" not in str(error.value)
-
-
-def test_versions_are_compared_with_the_lock_and_local_tags_pass(tmp_path):
-    lock = tmp_path / "uv.lock"
-    lock.write_text('[[package]]\nname = "torch"\nversion = "2.15.0"\n[[package]]\nname = "mlx"\nversion = "0.32.4"\n')
-    assert record.unlocked(lock, {"torch": "2.15.0+cu128", "mlx": "0.32.4"}) == []
-    assert record.unlocked(lock, {"torch": "2.11.0", "mlx": None}) == [
-        "torch 2.11.0, locked 2.15.0",
-        "mlx absent, locked 0.32.4",
-    ]
-    written = fresh(tmp_path)
-    assert written.lock_sha256 == files.sha256_file(lock)
-    assert written.packages_match_lock is False  # trl and others are not in this lock
-    lock.unlink()
-    assert (fresh(tmp_path).lock_sha256, fresh(tmp_path).packages_match_lock) == (None, None)
-
-
-def test_commit_comes_from_git_or_from_the_variable_but_never_from_an_enclosing_repository(tmp_path, monkeypatch):
-    def git(*words: str) -> str:
-        return subprocess.run(["git", "-C", str(tmp_path), *words], check=True, capture_output=True, text=True).stdout
-
-    monkeypatch.delenv("DUET_COMMIT", raising=False)
-    assert record.git_state(tmp_path) is None
-    monkeypatch.setenv("DUET_COMMIT", "abc")
-    assert record.git_state(tmp_path) == {"commit": "abc", "dirty": None}
-    git("init", "-q")
-    (tmp_path / "file").write_text("1")
-    git("add", ".")
-    git("-c", "user.name=a", "-c", "user.email=a@b", "commit", "-qm", "one")
-    commit = git("rev-parse", "HEAD").strip()
-    assert record.git_state(tmp_path) == {"commit": commit, "dirty": False}
-    (tmp_path / "file").write_text("2")
-    assert record.git_state(tmp_path) == {"commit": commit, "dirty": True}
-    inner = tmp_path / "vendored"
-    inner.mkdir()
-    assert record.git_state(inner) == {"commit": "abc", "dirty": None}
-
-
 def test_resuming_under_another_commit_is_written_down(tmp_path, monkeypatch):
     monkeypatch.setenv("DUET_COMMIT", "one")
     opened = run.start(tmp_path, fresh(tmp_path))
@@ -538,9 +299,3 @@ def test_resuming_under_another_commit_is_written_down(tmp_path, monkeypatch):
     monkeypatch.setenv("DUET_COMMIT", "two")
     again = run.start(tmp_path, fresh(tmp_path), resume=True)
     assert again.record.git == {"commit": "two", "dirty": None, "resumed_from": "one"}
-
-
-def test_record_survives_the_round_trip(tmp_path):
-    one = fresh(tmp_path, parents=({"role": "from", "name": "sft", "inputs_sha256": "9"},))
-    record.save(one, tmp_path)
-    assert asdict(record.read(tmp_path)) == asdict(one)

@@ -20,7 +20,10 @@ if TYPE_CHECKING:
     from rl.config import Config, Task
 
 # seen in 0.1.25: the same seed gives other questions in another process, or no question at all
-UNSTABLE: dict[str, str] = {
+UNUSABLE: dict[str, str] = {
+    "codeio": "its questions depend on the global random state",
+    "composite": "its parts are the other tasks, name those",
+    "intermediate_integration": "its questions depend on Python's hash seed",
     "isomorphic_strings": "its questions depend on Python's hash seed",
     "knight_swap": "its questions depend on Python's hash seed",
     "list_functions": "its questions depend on the global random state",
@@ -140,8 +143,8 @@ def _stream(task: "Task", number: int, side: str, count: int, seed: int, where: 
         near = difflib.get_close_matches(task.name, DATASETS, n=1)
         hint = f", did you mean '{near[0]}'?" if near else f"; valid: {', '.join(sorted(DATASETS))}"
         raise UserError(f"{where} unknown name '{task.name}'{hint}")
-    if task.name in UNSTABLE:
-        raise UserError(f"{where} '{task.name}' cannot be used: {UNSTABLE[task.name]}; choose another task")
+    if task.name in UNUSABLE:
+        raise UserError(f"{where} '{task.name}' cannot be used: {UNUSABLE[task.name]}; choose another task")
     known = [f.name for f in dataclasses.fields(DATASETS[task.name][1]) if f.name not in ("seed", "size")]
     for option in task.options:
         if option not in known:
@@ -158,7 +161,8 @@ def _stream(task: "Task", number: int, side: str, count: int, seed: int, where: 
 
 
 def _keys(task: str, question: str) -> tuple[str, ...]:
-    """What makes a question the same as another: its text, and for REORDERABLE tasks its parts in any order."""
+    """What makes two questions the same: the text in any case, and for REORDERABLE tasks the parts in any order."""
+    question = question.casefold()
     if task not in REORDERABLE:
         return (question,)
     words = (word.strip(".,:;?") for word in question.split())
