@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -100,11 +101,13 @@ def _show(console: Console, root: Path) -> None:
     """The paired differences, which is what one ran this for; else the plain scores."""
     results = table.read(root)
     differences, unlike = table.compare(results)
-    made = Table("run", "task", "metric", "n", "before", "after", "difference", "95 % interval")
+    made = Table("run", "task")
+    for column in ("metric", "n", "before", "after", "gain", "95 % interval"):
+        made.add_column(column, no_wrap=True)
     for gain in differences:
         made.add_row(
             *(gain.run, gain.task, gain.metric, str(gain.n), f"{gain.before:.3f}", f"{gain.after:.3f}"),
-            *(f"{gain.value:+.3f} ± {gain.stderr:.3f}", f"{gain.low:+.3f} … {gain.high:+.3f}"),
+            *(f"{gain.value:+.3f}", f"{gain.low:+.3f} … {gain.high:+.3f}"),
         )
     if differences:
         console.print(made)
@@ -117,6 +120,7 @@ def _show(console: Console, root: Path) -> None:
 
 
 if __name__ == "__main__":
+    warnings.simplefilter("ignore", FutureWarning)  # what transformers and PEFT have to settle between them
     try:
         main()
     except UserError as error:

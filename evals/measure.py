@@ -1,9 +1,9 @@
 """One model on one task through lm-eval; results go to evals/results/<run>/[base/]<task>.json, samples beside them."""
 
+import functools
 import hashlib
 import json
 import logging
-import os
 import sys
 import time
 from dataclasses import dataclass
@@ -103,18 +103,22 @@ def _evaluate(
     root: Path, run: runs.Run, subject: runs.Subject, task: str, rows: list[dict[str, Any]], settings: Settings
 ) -> tuple[dict[str, Any], str, str]:
     """lm-eval's result object, its samples as jsonl, and the questions asked as jsonl."""
-    if not sys.stderr.isatty():
-        os.environ.setdefault("TQDM_DISABLE", "1")  # a log file wants no progress bar
     import tempfile
 
     import lm_eval
     from lm_eval.tasks import TaskManager
     from lm_eval.utils import handle_non_serializable
+    from transformers.utils.logging import disable_progress_bar
 
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     tokenizer = _tokenizer(run, subject)
+    quiet = not sys.stderr.isatty()  # a log file wants no progress bars
+    if quiet:
+        disable_progress_bar()
     lm = _model(subject, tokenizer, chat=not isinstance(rows[0]["prompt"], str), settings=settings)
     docs = [_document(row, tokenizer, grading(run), run) for row in rows]
+    if quiet:
+        lm.generate_until = functools.partial(lm.generate_until, disable_tqdm=True)
     length = generation(run)
     for doc in docs:
         # lm-eval would cut the front of the question off without a word
@@ -143,7 +147,8 @@ def _evaluate(
             fewshot_random_seed=0,
         )
     result["wall_s"] = round(time.monotonic() - started, 3)
-    result["configs"][task]["metadata"]["rows"] = f"{task}.rows.jsonl"
+    # where they lie on this machine helps nobody
+    result["configs"][task]["metadata"] |= {"rows": f"{task}.rows.jsonl", "config_source": f"evals/tasks/{task}.yaml"}
     samples = result.pop("samples")[task]
     plain = json.loads(json.dumps(result, default=handle_non_serializable))
     lines = [json.dumps(sample, ensure_ascii=False, default=handle_non_serializable) for sample in samples]

@@ -108,22 +108,27 @@ def read_json(path: Path, remedy: str) -> Any:
 
 
 def _start(root: Path, run: Run) -> Subject | None:
-    """The model a run started from where run.json alone tells: a parent run, or a base folder."""
+    """The model a run started from where run.json tells: the run that [model] from names, or a base folder."""
     if run.record["config"].get("model", {}).get("from"):
-        others = ("model.reference", "data.from", "reference", "data")  # parents that are no start
         for parent in run.record.get("parents") or []:
-            name, role = str(parent.get("name", "")), str(parent.get("role", ""))
-            there = name and (root / "models" / "final" / name / "run.json").is_file()
-            if there and role not in others and not role.startswith("reward"):
+            name = str(parent.get("name", "")) if parent.get("role") == "model.from" else ""
+            if name and (root / "models" / "final" / name / "run.json").is_file():
                 made = subjects(root, load(root, name))[-1]
                 return Subject("base", made.model, made.adapter)
         return None
     base = run.record.get("base") or {}
-    for name in (base.get("path"), base.get("id")):
-        folder = _existing(str(name or ""), root, run.folder)
-        if folder:
-            _check_weights(folder, "model")
-            return Subject("base", folder)
+    folder = _existing(str(base.get("id") or ""), root, run.folder) or _by_sha256(base.get("sha256"), root)
+    if folder is None:
+        return None
+    _check_weights(folder, "model")
+    return Subject("base", folder)
+
+
+def _by_sha256(digest: str | None, root: Path) -> Path | None:
+    """The folder below models/base whose base.json says it holds these weights; an id need not be a folder's name."""
+    for path in sorted((root / "models" / "base").glob("*/base.json")):
+        if digest and read_json(path, "remove the folder: the next run makes it again").get("weights_sha256") == digest:
+            return path.parent.resolve()
     return None
 
 
@@ -131,7 +136,9 @@ def _existing(name: str, root: Path, folder: Path) -> Path | None:
     """The model folder a record means by `name`: as it stands, or relative to the checkout, models/base or the run."""
     if not name:
         return None
-    for path in (Path(name), root / name, root / "models" / "base" / name, folder / name):
+    base = root / "models" / "base"
+    # the last: a run that was made in another checkout
+    for path in (Path(name), root / name, base / name, folder / name, base / Path(name).name):
         if (path / "config.json").is_file():
             return path.resolve()
     return None

@@ -310,6 +310,19 @@ def test_start_of_a_run_is_its_parent(checkout: Path) -> None:
     assert (made.role, made.model, made.adapter) == ("run", final / "full", None)
 
 
+def test_start_is_found_by_its_weights(checkout: Path) -> None:
+    """A packaged base's id is not the name of its folder, and an adapter may name a folder of another checkout."""
+    base = checkout / "models" / "base" / "random"
+    (base / "base.json").write_text(json.dumps({"weights_sha256": "abc"}))
+    record = json.loads((checkout / "models/final/full/run.json").read_text())
+    record["base"] = {"id": "packaged-name", "sha256": "abc"}
+    (checkout / "models/final/full/run.json").write_text(json.dumps(record))
+    adapter = checkout / "models/final/lora/adapter_config.json"
+    adapter.write_text(adapter.read_text().replace('"models/base/random"', '"/elsewhere/models/base/random"'))
+    assert runs.subjects(checkout, runs.load(checkout, "full"))[0].model == base.resolve()
+    assert runs.subjects(checkout, runs.load(checkout, "lora"))[1].model == base.resolve()
+
+
 def test_no_runs_says_how_to_make_one(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="nox -s train"):
         cli.main([], tmp_path)
