@@ -67,7 +67,7 @@ def _smoke(arguments: argparse.Namespace) -> int | None:
 def _clean(arguments: argparse.Namespace) -> int | None:
     import rl.clean
 
-    return rl.clean.main()
+    return rl.clean.main(everything=arguments.all, dry_run=arguments.dry_run)
 
 
 def _seeds(text: str) -> tuple[int, ...]:
@@ -113,7 +113,9 @@ def _parser() -> argparse.ArgumentParser:
     check.add_argument("--keys", action="store_true", help="print every table and key with type, default and meaning")
     command("doctor", _doctor, "versions, device and memory of this machine")
     command("smoke", _smoke, "one tiny training step and rollout on this machine's device")
-    command("clean", _clean, "remove unfinished runs and caches")
+    clean = command("clean", _clean, "remove caches and generated tables; runs, finished or not, stay unless --all")
+    clean.add_argument("--all", action="store_true", help="also base models, runs and results; data/raw stays")
+    clean.add_argument("--dry-run", action="store_true", help="say what would go, remove nothing")
     return parser
 
 

@@ -65,9 +65,7 @@ class Model:
         '"smollm2-135m-instruct" (packaged), "tiny", a local folder, a .gguf file, or a hub id "org/name"', None
     )
     from_: str | None = key("another config, relative to this one; its final model is the start", None)
-    reference: str | None = key(
-        "another config, relative to this one; its final model is the KL reference instead of the start", None
-    )
+    reference: str | None = key("refused in this version, where the start is the KL reference", None)
     lora: Lora | None = None
     quantization: Quantization | None = None
     tiny: TinyModel | None = None
@@ -87,7 +85,7 @@ class Data:
     """[data]: prompts and answers."""
 
     source: Literal["arithmetic", "reasoning-gym", "jsonl", "hub"] = key("where the rows come from")
-    from_: str | None = key("another config, relative to this one, whose run makes the rows", None)
+    from_: str | None = key("refused in this version, where no run makes rows", None)
     train_size: int = key("rows to train on, at most", least=1)
     seed: int = key("seed of generation, shuffling and the held-out split", 0, least=0, most=2**32 - 1)
     shots: int = key("arithmetic, reasoning-gym: worked examples in front of each question", 0, least=0)
@@ -141,7 +139,7 @@ class Reward:
     name: str = key('name of a reward, or "module:function" for your own')
     weight: float = key("factor in the sum", 1.0)
     options: dict[str, Any] = field(
-        default_factory=dict, metadata=about("the reward's own keys, e.g. model, pattern, extract", rest=True)
+        default_factory=dict, metadata=about("the reward's own keys, e.g. pattern, extract", rest=True)
     )
 
 
@@ -201,14 +199,8 @@ def describe() -> str:
 
 
 def builds_on(config: Config) -> dict[str, Path]:
-    """Where the config names other configs ("model.from", "data.from", "reward.0.model", ...) -> their files."""
-    named = {
-        "model.from": config.model.from_,
-        "model.reference": config.model.reference,
-        "data.from": config.data.from_,
-    }
-    named |= {f"reward.{i}.model": reward.options.get("model") for i, reward in enumerate(config.rewards)}
-    return {where: config.path.parent / other for where, other in named.items() if other is not None}
+    """Where the config names another config ("model.from") -> that file."""
+    return {} if config.model.from_ is None else {"model.from": config.path.parent / config.model.from_}
 
 
 def _load(path: Path, overrides: Sequence[str], chain: tuple[Path, ...]) -> Config:

@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from rl import trl_fields
-from rl.config_read import Source
+from rl.config_read import Source, Where
 from rl.errors import UserError
 
 if TYPE_CHECKING:
@@ -35,6 +35,7 @@ def check(config: Config, source: Source) -> None:
     if not NAME.fullmatch(config.run.name):
         valid = "valid: up to 100 letters, digits, '.', '_', '-', beginning with a letter or digit (it names a folder)"
         raise source.error(("run", "name"), f"found {config.run.name!r}, {valid}")
+    _check_builds_on(config, source)
     _check_model(config, source)
     _check_data(config, source)
     _check_rollout(config, source)
@@ -56,6 +57,18 @@ def generation_period(args: dict[str, Any]) -> int:
 def rollout_size(args: dict[str, Any]) -> int:
     """Completions of one GRPO rollout in one process, as TRL's `GRPOConfig.__post_init__` computes it."""
     return _arg(args, "per_device_train_batch_size") * _steps_per_generation(args)
+
+
+def _check_builds_on(config: Config, source: Source) -> None:
+    named: dict[Where, Any] = {
+        ("model", "reference"): config.model.reference,
+        ("data", "from"): config.data.from_,
+    }
+    named |= {("reward", i, "model"): reward.options.get("model") for i, reward in enumerate(config.rewards)}
+    for where, other in named.items():
+        if other is not None:
+            valid = "remove it: this version builds on other runs through [model] from only"
+            raise source.error(where, f"found {other!r}, {valid}")
 
 
 def _check_model(config: Config, source: Source) -> None:
@@ -146,9 +159,6 @@ def _check_rewards(config: Config, source: Source) -> None:
         if not any(reward.weight for reward in config.rewards):
             raise source.error(("reward", 0, "weight"), "found 0 for every [[reward]], valid: one other than 0")
     for i, reward in enumerate(config.rewards):
-        other = reward.options.get("model")
-        if other is not None and not isinstance(other, str):
-            raise source.error(("reward", i, "model"), f"found {other!r}, valid: the path of a config")
         if ":" in reward.name:
             continue  # the user's own module may import anything
         # same options, and reasoning-gym's import takes seconds
@@ -178,7 +188,7 @@ def _check_trainer(config: Config, source: Source) -> None:
         raise source.error(("trainer", "save_strategy"), "found 'best', valid: steps, epoch, no")
     if effective("logging_strategy") == "steps" and effective("logging_steps") == 0:
         raise source.error(("trainer", "logging_steps"), "found 0, valid: > 0")
-    for name in ("save_steps", "logging_steps", "eval_steps"):
+    for name in ("save_steps", "logging_steps"):
         steps = args.get(name)
         if steps is not None and (steps <= 0 or (steps > 1 and steps != int(steps))):
             raise source.error(("trainer", name), f"found {steps}, valid: a whole number ≥ 1, or a share below 1")
@@ -206,12 +216,6 @@ def _check_grpo(config: Config, source: Source) -> None:
         near = [g for g in divisors if g < group][-1:] + [g for g in divisors if g > group][:1]
         valid = f"valid here: {' or '.join(map(str, near))}" if near else "make the batch larger"
         raise source.error(("trainer", "num_generations"), f"{made}; {valid}")
-    if args.get("eval_strategy", "no") != "no":
-        eval_batch = _arg(args, "per_device_eval_batch_size")
-        eval_group = args.get("num_generations_eval") or group
-        if eval_batch % eval_group:
-            found = f"found {eval_batch}, valid: a multiple of the completions per prompt ({eval_group})"
-            raise source.error(("trainer", "per_device_eval_batch_size"), f"{found}, {_around(eval_batch, eval_group)}")
     if args.get("remove_unused_columns"):
         raise source.error(("trainer", "remove_unused_columns"), "found true, valid: false, rewards read the columns")
     if size // group > config.data.train_size:

@@ -13,7 +13,7 @@ from rl import config as configs
 from rl import files, record, report, run
 from rl.config import Config
 from rl.display import Display, Sample
-from rl.errors import RunFailed, UserError
+from rl.errors import RunFailed
 from rl.rewards import Score
 
 ROOT = Path()  # commands run in the repository's root; relative paths keep result folders movable
@@ -110,8 +110,6 @@ def _parents(config: Config, display: Display, resume: bool) -> dict[str, record
     """The finished runs that `config` builds on, trained first where they are missing."""
     found = {}
     for role, path in configs.builds_on(config).items():
-        if role != "model.from":
-            raise UserError(f"{config.path}: {role} is not supported yet; build on [model] from")
         other = configs.load(path)
         final = run.folders(ROOT, other.run.name)[1]
         unfinished = run.last_checkpoint(run.folders(ROOT, other.run.name)[0]) is not None

@@ -36,7 +36,6 @@ VALUES: dict[tuple[str, str], tuple[str, ...]] = {
 }
 LEAST: dict[str, float] = {
     "per_device_train_batch_size": 1,
-    "per_device_eval_batch_size": 1,
     "gradient_accumulation_steps": 1,
     "steps_per_generation": 1,
     "generation_batch_size": 1,
@@ -57,6 +56,8 @@ LEAST: dict[str, float] = {
 _ROLLOUT_ENGINE = "[rollout] engine says what samples; vLLM and transformers' batching are not used here"
 _LOCAL = "refused: a run writes to its own folder only; publish models/final/<run> yourself"
 _MLX = "refused: [model.quantization] is MLX's, and bitsandbytes is not used here"
+_EVAL = "refused: the run measures before and after by itself: [eval]"
+_LAST = "refused: the result is the last policy; choosing by the held-out score would inflate it"
 _RESUME = "refused: --resume continues to exactly the weights of an uninterrupted run, and this breaks that"
 HOMES = {
     "seed": "it belongs in [run] seed",
@@ -95,8 +96,20 @@ HOMES = {
     "quantization_config": _MLX,
     "load_in_*": _MLX,
     "bnb_*": _MLX,
-    "load_best_model_at_end": "refused: the result is the last policy; choosing by the held-out score would inflate it",
-    "metric_for_best_model": "refused: the result is the last policy; choosing by the held-out score would inflate it",
+    "load_best_model_at_end": _LAST,
+    "metric_for_best_model": _LAST,
+    "greater_is_better": _LAST,
+    "eval_*": _EVAL,
+    "evaluation_strategy": _EVAL,
+    "per_device_eval_batch_size": _EVAL,
+    "num_generations_eval": _EVAL,
+    "bf16_full_eval": _EVAL,
+    "fp16_full_eval": _EVAL,
+    "batch_eval_metrics": _EVAL,
+    "include_for_metrics": _EVAL,
+    "prediction_loss_only": _EVAL,
+    "do_eval": _EVAL,
+    "do_predict": _EVAL,
     "push_to_hub*": _LOCAL,
     "hub_*": _LOCAL,
     "log_completions_hub_repo": _LOCAL,
@@ -148,7 +161,8 @@ def check(algorithm: str, args: dict[str, Any], source: Source) -> None:
     known = arguments(algorithm)
     for name, found in args.items():
         where: Where = ("trainer", name)
-        if home := home_of(name):
+        home = home_of(name)
+        if home and (name, found) != ("eval_strategy", "no"):  # which says what happens anyway
             raise source.error(where, home)
         if name not in known:
             raise source.unknown(("trainer",), name, ["algorithm", *known], _instead(name, known, algorithm, source))

@@ -160,6 +160,28 @@ def test_train_hands_on_what_it_was_given(config: Path, monkeypatch: pytest.Monk
 
 
 @pytest.mark.parametrize(
+    ("options", "everything", "dry_run"),
+    [([], False, False), (["--all"], True, False), (["--dry-run"], False, True), (["--all", "--dry-run"], True, True)],
+)
+def test_clean_hands_on_its_flags(
+    options: list[str], everything: bool, dry_run: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Trap: `clean --dry-run` whose flag is lost removes what it was asked to show."""
+    calls: list[dict[str, bool]] = []
+    stand_in(monkeypatch, "clean", main=lambda **options: calls.append(options))
+    assert cli.main(["clean", *options]) == 0
+    assert calls == [{"everything": everything, "dry_run": dry_run}]
+
+
+def test_clean_says_what_stays(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["clean", "--help"])
+    told = " ".join(capsys.readouterr().out.split())
+    assert "runs, finished or not, stay unless --all" in told
+    assert "--dry-run say what would go, remove nothing" in told
+
+
+@pytest.mark.parametrize(
     ("raised", "code", "line"),
     [
         (RunFailed("step 3: no finite gradient"), 1, "failed: step 3: no finite gradient\n"),
@@ -170,7 +192,7 @@ def test_train_hands_on_what_it_was_given(config: Path, monkeypatch: pytest.Monk
 def test_exit_codes(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], raised: BaseException, code: int, line: str
 ) -> None:
-    def main() -> None:
+    def main(**options: bool) -> None:
         raise raised
 
     for name in ("doctor", "smoke", "clean"):

@@ -87,16 +87,34 @@ SFT = GRPO.split("[[reward]]")[0] + '[trainer]\nalgorithm = "sft"\nmax_steps = 5
 def test_configs_that_build_on_others_are_found_beside_the_file_not_the_working_folder(tmp_path: Path) -> None:
     (tmp_path / "sub").mkdir()
     write(tmp_path, SFT, "sft.toml")
-    path = write(tmp_path / "sub", GRPO.replace('base = "tiny"', 'from = "../sft.toml"\nreference = "../sft.toml"'))
-    config = load(path, ["reward.0.name=my:reward", "reward.0.model=../sft.toml", "data.from=../sft.toml"])
-    expected = {"model.from", "model.reference", "data.from", "reward.0.model"}
-    assert builds_on(config).keys() == expected
-    assert {other.resolve() for other in builds_on(config).values()} == {(tmp_path / "sft.toml").resolve()}
+    config = load(write(tmp_path / "sub", GRPO.replace('base = "tiny"', 'from = "../sft.toml"')))
+    assert {role: other.resolve() for role, other in builds_on(config).items()} == {
+        "model.from": (tmp_path / "sft.toml").resolve()
+    }
+    assert builds_on(load(tmp_path / "sft.toml")) == {}
 
 
-def test_the_config_of_a_reward_must_exist(tmp_path: Path) -> None:
-    line = error_of(tmp_path, GRPO, "reward.0.name=my:reward", "reward.0.model=no.toml")
-    assert line == "--set: [[reward]] 0 model: no such file: 'no.toml' (paths are relative to the config's folder)"
+def test_the_config_named_by_from_must_exist(tmp_path: Path) -> None:
+    line = error_of(tmp_path, GRPO.replace('base = "tiny"', 'from = "no.toml"'))
+    assert line == "x.toml: [model] from: no such file: 'no.toml' (paths are relative to the config's folder)"
+
+
+@pytest.mark.parametrize(
+    ("override", "place"),
+    [
+        ("model.reference=sft.toml", "[model] reference"),
+        ("data.from=sft.toml", "[data] from"),
+        ("reward.0.model=sft.toml", "[[reward]] 0 model"),
+    ],
+)
+def test_a_run_that_cannot_be_built_on_is_refused_at_once_though_its_config_is_there(
+    tmp_path: Path, override: str, place: str
+) -> None:
+    """Trap: found only by the trainer, minutes later, or never, and then the key did nothing."""
+    write(tmp_path, SFT, "sft.toml")
+    line = error_of(tmp_path, GRPO, "reward.0.name=my:reward", override)
+    said = "found 'sft.toml', remove it: this version builds on other runs through [model] from only"
+    assert line == f"--set: {place}: {said}"
 
 
 def test_a_circle_of_configs_is_refused_with_its_chain(tmp_path: Path) -> None:

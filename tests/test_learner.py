@@ -4,11 +4,10 @@ from typing import Any
 
 import pytest
 import torch
-from trl import GRPOConfig
 from trl.trainer.utils import add_fused_lm_head
 
 from rl import config, models
-from rl.algorithms.learner import Forward, forward, row_keys, shared_prefix
+from rl.algorithms.learner import Forward, forward, row_keys, score_completions_only, shared_prefix
 
 PAD = 0
 
@@ -93,8 +92,31 @@ def test_a_shuffled_batch_finds_its_rows_and_a_foreign_one_none() -> None:
     assert kept.reorder(ids, mask) is None
 
 
-def test_contract_with_trl_batches() -> None:
-    """What the reuse leans on: with one generation per step, loss and old logprobs are taken at the same weights."""
-    fields = GRPOConfig.__dataclass_fields__
-    assert fields["num_iterations"].default == 1
-    assert fields["disable_dropout"].default is False
+def test_the_head_scores_completion_tokens_only_with_the_same_result(
+    tiny_base: models.Base, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Contract with trl 1.16: `trl.trainer.utils._use_triton` decides that and nothing else."""
+    import trl.trainer.utils
+    from trl.kernels import chunked_logprob
+
+    ids, mask, columns = batch(9, [3, 5, 1], [4, 2, 3])
+    results, positions = [], []
+    apply = trl.trainer.utils._ChunkedLogProbFunction.apply
+
+    def counting(hidden: torch.Tensor, *args: Any) -> Any:
+        positions.append(len(hidden))
+        return apply(hidden, *args)
+
+    monkeypatch.setattr(trl.trainer.utils._ChunkedLogProbFunction, "apply", counting)
+    monkeypatch.setattr(trl.trainer.utils, "_use_triton", chunked_logprob._use_triton)
+    for ours in (False, True):
+        if ours:
+            score_completions_only()
+        model = policy_of(tiny_base, True)
+        logps, entropies = forward(model, ids, mask, int(columns), 9)
+        logps.sum().backward()
+        results.append((logps.detach(), entropies.detach(), [p.grad for p in model.parameters() if p.requires_grad]))
+    torch.testing.assert_close(results[0], results[1], atol=1e-6, rtol=1e-5)
+    assert positions[1] == 4 + 2 + 3
+    assert positions[0] > positions[1]
+    assert not chunked_logprob._use_triton(torch.device("cpu"))  # the kernels themselves stay in torch

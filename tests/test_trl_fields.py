@@ -97,6 +97,18 @@ def test_every_bitsandbytes_or_torchao_optimizer_is_refused_and_torchs_own_are_n
 
 
 @pytest.mark.parametrize("algorithm", ["sft", "grpo"])
+def test_evaluation_by_the_trainer_is_refused_but_for_the_word_that_it_is_off(algorithm: str) -> None:
+    """Trap: TRL has no held-out rows here; it would raise after the base is loaded, or score without our verifier."""
+    source = Source("x.toml")
+    names = [name for name in arguments(algorithm) if "eval" in name]
+    assert len(names) >= 12
+    for name in names:
+        with pytest.raises(UserError, match=rf"\[trainer\] {name}: refused: the run measures .* by itself: \[eval\]"):
+            check(algorithm, {name: "steps"}, source)
+    check(algorithm, {"eval_strategy": "no"}, source)
+
+
+@pytest.mark.parametrize("algorithm", ["sft", "grpo"])
 def test_no_vllm_or_hub_argument_slips_through_under_a_name_of_its_own(algorithm: str) -> None:
     for name in arguments(algorithm):
         if "vllm" in name or "hub" in name or "continuous_batching" in name:

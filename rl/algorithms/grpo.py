@@ -21,7 +21,14 @@ from trl.trainer.utils import use_adapter
 
 from rl.algorithms.base import Job, Outcome, Recorder, Timer, arguments, run_trainer
 from rl.algorithms.guard import Guard
-from rl.algorithms.learner import SHORTEST_PREFIX, Forward, forward, row_keys, shared_prefix
+from rl.algorithms.learner import (
+    SHORTEST_PREFIX,
+    Forward,
+    forward,
+    row_keys,
+    score_completions_only,
+    shared_prefix,
+)
 from rl.algorithms.seam import EpochSampler, MLXGeneration
 from rl.rollouts.result import Sampling
 
@@ -214,6 +221,7 @@ def train(job: Job) -> Outcome:
             "vllm_importance_sampling_clip_max": rollout.correction_cap,
         }
     settings = GRPOConfig(**args)
+    score_completions_only()
     guard, timer = Guard(job.hooks.warn), Timer()
     period = settings.steps_per_generation * settings.num_iterations // settings.gradient_accumulation_steps
     recorder = Recorder(job, guard, period)

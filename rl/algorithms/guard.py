@@ -119,7 +119,11 @@ def trace(trainer: Any, batch: dict[str, Any]) -> str:
 
     def backward_hook(name: str) -> Callable:
         def hook(_module: Any, into: Any, out_of: Any) -> None:
-            if not found and _finite(_tensors(out_of)) and not _finite(_tensors(into)):
+            if found:
+                return
+            if not _finite(_tensors(out_of)):  # made by an operation without a module: attention, residual, loss
+                found.append(f"gradient arriving at the output of {name}")
+            elif not _finite(_tensors(into)):
                 found.append(f"gradient through {name}")
 
         return hook

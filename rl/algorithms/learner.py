@@ -1,20 +1,30 @@
 """The trainer's forward, without work that changes nothing.
 
-Two savings, gradient-equal to TRL's own forward (tests/test_learner.py):
+Three savings, gradient-equal to TRL's own forward (tests/test_learner.py):
 - what all prompts of the batch share (few-shot examples, a system message) goes through the model once, its keys and
   values are repeated for the rows, and gradients flow back through that one pass;
-- on-policy, the forward that gives the old logprobs *is* the loss forward: it is run once with its graph and reused.
+- on-policy, the forward that gives the old logprobs *is* the loss forward: it is run once with its graph and reused;
+- the head, a quarter of a small model, runs on completion tokens alone.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import trl.trainer.utils
 from transformers import DynamicCache
 
 # below this many shared tokens a second pass costs more than it saves
 SHORTEST_PREFIX = 8
+
+
+def score_completions_only() -> None:
+    """Make TRL's fused head project completion tokens only on CPU too, as it does where Triton is.
+
+    trl 1.16 asks `trl.trainer.utils._use_triton` whether to drop the other positions, and its kernels ask their own
+    module; on MPS all positions stay, since a shape of its own for every batch leaks memory there.
+    """
+    trl.trainer.utils._use_triton = lambda device: device.type != "mps"
 
 
 @dataclass
@@ -101,8 +111,3 @@ def forward(
         return zeros.scatter_add(1, target, values * keep)
 
     return back(out.log_probs), None if out.entropy is None else back(out.entropy)
-
-
-def groups_alike(sequences: Sequence[Sequence[int]]) -> bool:
-    """Whether all completions are one and the same."""
-    return len({tuple(s) for s in sequences}) == 1

@@ -2,6 +2,8 @@
 
 import mlx.core as mx
 
+CACHE_BYTES = 1 << 30
+
 
 def backend() -> str:
     """`metal`, `cuda` or `cpu`: where MLX's default stream runs."""
@@ -30,6 +32,15 @@ def keeps_packed_weights() -> bool:
 def steps_between_syncs() -> int:
     """Decode steps between looks from the host: a look stalls a GPU's queue and costs nothing on a CPU."""
     return 1 if backend() == "cpu" else 8
+
+
+def share_memory() -> None:
+    """Bound what MLX keeps for reuse: trainer and sampler live in one memory, and freed buffers of many shapes pile up.
+
+    Without it a process of this size held 10 GB on an H200, and several of them ran the card out of memory.
+    """
+    if backend() != "cpu":
+        mx.set_cache_limit(CACHE_BYTES)
 
 
 def peak_memory_bytes() -> int:

@@ -4,9 +4,13 @@ A folder made here holds the Hugging Face model with the dequantized values and,
 `mlx_lm` loads as it is. Adapters trained on either belong to the same policy (QeRL, Huang et al. 2025, section 3).
 """
 
+import errno
 import json
+import os
 import shutil
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -16,6 +20,8 @@ from rl.errors import UserError
 from rl.files import sha256_file, write_json
 from rl.rollouts.load import load_sampler
 
+# key in base.json -> the file whose sha256 it is: what MLX samples from, and what torch trains on
+HASHED = {"sha256": "mlx/model.safetensors", "dequantized_sha256": "model.safetensors"}
 _GGUF_NAMES = {
     "attn_q": "self_attn.q_proj",
     "attn_k": "self_attn.k_proj",
@@ -30,39 +36,65 @@ _GGUF_NAMES = {
 
 
 def build(base: Path, gguf: Path | None, bits: int, group_size: int, out: Path, source: str) -> str:
-    """Make the shared folder `out` from the folder `base` unless it was made from the same weights (`source`, their
-    sha256); returns the sha256 of the packed weights.
+    """Make the shared folder `out` from the folder `base` unless it is there, whole and made from the same weights
+    (`source`, their sha256); returns the sha256 of the packed weights.
 
     With a GGUF file of 4-bit blocks of 32 (Q4_1) and `bits, group_size` = 4, 32 the file's own codes are taken:
-    quantizing its dequantized values again would add error that the file does not have.
+    quantizing its dequantized values again would add error that the file does not have. Written beside `out` and
+    renamed; of two processes at once, the second keeps what the first one made. Raises UserError on a full disk.
     """
-    packed_file = out / "mlx" / "model.safetensors"
     made = {"source": source, "bits": bits, "group_size": group_size}
-    if _made(out) != made:
-        temporary = out.with_name(f".{out.name}.tmp")
-        shutil.rmtree(temporary, ignore_errors=True)
+    if found := _intact(out, made):
+        return found
+    temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
+    aside = out.with_name(f".{out.name}.{os.getpid()}.old.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)  # of a killed process that had this number
+    try:
         (temporary / "mlx").mkdir(parents=True)
-        model = load_sampler(base)
-        nn.quantize(model, group_size=group_size, bits=bits)
         if gguf is not None and (bits, group_size) == (4, 32):
             packed = _packed_from_gguf(gguf, json.loads((base / "config.json").read_text()))
         else:
+            model = load_sampler(base)
+            nn.quantize(model, group_size=group_size, bits=bits)
             packed = dict(tree_flatten(model.parameters()))
         _write(temporary, base, packed, bits, group_size)
-        digest = sha256_file(temporary / "mlx" / "model.safetensors")
-        write_json(temporary / "base.json", made | {"sha256": digest})
-        shutil.rmtree(out, ignore_errors=True)
-        temporary.rename(out)
-    if not packed_file.exists():
-        raise UserError(f"{out}: mlx/model.safetensors is missing; delete the folder and it will be made again")
-    return json.loads((out / "base.json").read_text())["sha256"]
+        digests = {key: sha256_file(temporary / name) for key, name in HASHED.items()}
+        write_json(temporary / "base.json", made | digests)
+        while not _renamed(temporary, out):
+            if found := _intact(out, made):
+                return found
+            with suppress(FileNotFoundError):  # another process may be taking it away too
+                out.rename(aside)  # of other weights, or damaged
+            shutil.rmtree(aside, ignore_errors=True)
+        return digests["sha256"]
+    except (OSError, RuntimeError) as error:
+        # MLX raises a RuntimeError for a write that failed, and does not say why
+        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "Unable to write" in str(error):
+            raise UserError(f"{out}: the disk is full while writing the quantized base: free some space") from error
+        raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _made(out: Path) -> dict | None:
-    """What `out` says it was made from; None where nothing is."""
-    if not (out / "base.json").exists():
+def _intact(out: Path, made: dict[str, Any]) -> str | None:
+    """The sha256 of the packed weights in `out` if it was made from that and no weights changed since, else None."""
+    try:
+        record = json.loads((out / "base.json").read_text())
+        digests = {key: sha256_file(out / name) for key, name in HASHED.items()}
+    except (OSError, ValueError):
         return None
-    return {k: v for k, v in json.loads((out / "base.json").read_text()).items() if k != "sha256"}
+    return digests["sha256"] if record == made | digests else None
+
+
+def _renamed(folder: Path, target: Path) -> bool:
+    """Rename `folder` to `target`; False where a folder of that name is there already."""
+    try:
+        folder.rename(target)
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+            raise
+        return False
+    return True
 
 
 def _packed_from_gguf(gguf: Path, config: dict) -> dict[str, mx.array]:

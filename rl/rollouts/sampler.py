@@ -78,6 +78,7 @@ def build(
 ) -> MLXSampler:
     """Load `folder` for sampling. Under `shared` the packed weights in `mlx/` are used where quantized products are
     fast, and their dequantized values elsewhere: the same policy either way."""
+    device.share_memory()
     packed = precision == "shared" and device.keeps_packed_weights() and (folder / "mlx" / "config.json").exists()
     model = load_sampler(folder, dtype, packed=packed)
     engine = Engine(model, eos_ids, max_batch=max_batch, context=context)
