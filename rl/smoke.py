@@ -10,13 +10,13 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from rl import config as configs
-from rl import files, record
 from rl import device as devices
+from rl import files, record
 from rl.errors import RunFailed, UserError
 
 if TYPE_CHECKING:
@@ -33,6 +33,7 @@ GRADIENT = 1e-4  # relative, of all weights together
 DLOGP = 1e-3  # largest |Δlogp| of a token, sampler in float32
 PACKAGES = ("torch", "mlx", "mlx-lm", "transformers", "trl", "peft", "accelerate", "numpy")
 SEED = 0
+LOG_WIDTH = 180  # columns where no terminal says how many it has
 
 
 @dataclass(frozen=True)
@@ -53,13 +54,13 @@ class Row:
     seconds: float
 
 
-@dataclass
+@dataclass(frozen=True)
 class Bench:
     """What the checks share: the device, a folder of their own, and memory in bytes before the first."""
 
     device: "torch.device"
     folder: Path
-    memory: int = field(default_factory=int)
+    memory: int
 
 
 Check = tuple[str, Callable[[Bench], Found]]
@@ -71,13 +72,15 @@ def main(root: Path = ROOT) -> int:
     Raises RunFailed (exit code 1) with the names of the checks that did not.
     """
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     started = time.perf_counter()
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before its import: TRL reports every trainer to the hub
     device = devices.pick("auto")
     devices.prepare(device)
     print(f"smoke test on {place(device)}. {about_mps(device)}", flush=True)
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else LOG_WIDTH)
     with tempfile.TemporaryDirectory(prefix="duet-smoke-") as folder, console.status("") as status:
         bench = Bench(device, Path(folder), devices.memory_bytes(device))
         rows = list(run(checks(), bench, lambda name: status.update(f"{name} ...")))
@@ -85,18 +88,20 @@ def main(root: Path = ROOT) -> int:
     table = Table("check", "value", "tolerance", "seconds", "result")
     for row in rows:
         result = "[green]ok[/]" if row.found.ok else "[red]failed[/]"
-        table.add_row(row.name, _plain(row.found.value), row.found.tolerance, f"{row.seconds:.2f}", result)
+        # an error's text is no markup
+        table.add_row(row.name, escape(row.found.value), row.found.tolerance, f"{row.seconds:.2f}", result)
     console.print(table)
     summary = (
         f"{len(rows) - len(failed)} of {len(rows)} checks passed in {time.perf_counter() - started:.0f} s "
         f"on {place(device)}. {about_mps(device)}"
     )
-    report = root / "build" / "smoke.md"
-    files.write_text(report, markdown(rows, summary, root))
+    files.write_text(root / "build" / "smoke.md", markdown(rows, summary, root))
     print("table, machine and versions: build/smoke.md")
     print(summary, flush=True)
     if failed:
-        raise RunFailed(f"{len(failed)} of {len(rows)} checks on {device.type} ({about_mps(device)}): {'; '.join(failed)}")
+        raise RunFailed(
+            f"{len(failed)} of {len(rows)} checks on {device.type}: {'; '.join(failed)}. {about_mps(device)}"
+        )
     return 0
 
 
@@ -161,7 +166,7 @@ def packages(bench: Bench) -> Found:
 
     import rl.train
 
-    rl.train._quiet()
+    rl.train.quiet()
     for name in ("rl.rollouts.engine", "rl.algorithms.sft", "rl.algorithms.grpo"):
         importlib.import_module(name)
     found = record.versions(("torch", "mlx", "trl"))
@@ -318,7 +323,13 @@ def markdown(rows: Iterable[Row], summary: str, root: Path) -> str:
     lines = ["# Smoke test", "", f"{summary}.", "", "| check | value | tolerance | seconds | result |"]
     lines.append("| --- | --- | --- | --- | --- |")
     for row in rows:
-        cells = (row.name, row.found.value, row.found.tolerance, f"{row.seconds:.2f}", "ok" if row.found.ok else "failed")
+        cells = (
+            row.name,
+            row.found.value,
+            row.found.tolerance,
+            f"{row.seconds:.2f}",
+            "ok" if row.found.ok else "failed",
+        )
         lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     system = f"macOS {platform.mac_ver()[0]}" if sys.platform == "darwin" else platform.platform(terse=True)
     git = record.git_state(root)
@@ -381,10 +392,3 @@ def _both_sides(bench: Bench, config: configs.Config) -> tuple[Any, Any, Any, li
 def _number(value: float | None) -> float:
     """A logged value; the recorder writes None for what was not finite, and that is no number."""
     return float("nan") if value is None else float(value)
-
-
-def _plain(text: str) -> str:
-    """Text that rich must not read as markup."""
-    from rich.markup import escape
-
-    return escape(text)

@@ -32,7 +32,7 @@ def main(
 
     Raises UserError (2) for bad input, RunFailed (1) for a run that cannot go on, KeyboardInterrupt (130).
     """
-    _quiet()
+    quiet()
     display = Display(stages=STAGES)
     command = " ".join(["nox -s train --", *_shown(sys.argv)])
     if seeds is None:
@@ -343,9 +343,10 @@ def _shown(argv: Sequence[str]) -> list[str]:
     return list(argv[argv.index("train") + 1 :]) if "train" in argv else []
 
 
-def _quiet() -> None:
+def quiet() -> None:
     """Keep the libraries' own bars and hints off the terminal: the run's display shows what matters."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # TRL's trainers report to the hub from a thread
     import warnings
 
     import datasets

@@ -102,7 +102,7 @@ class DuetGRPOTrainer(GRPOTrainer):
     def _measure_ratio(self, batch: dict[str, Any]) -> None:
         """Effective sample size of the tokens' untruncated weights, (sum w)^2 / (n sum w^2): 1 when on-policy."""
         difference = batch["old_per_token_logps"] - batch["sampling_per_token_logps"]
-        weights = difference[batch["completion_mask"].bool()].double().exp()
+        weights = difference[batch["completion_mask"].bool()].exp()  # MPS has no float64
         weights = weights[torch.isfinite(weights)]
         if len(weights):
             ess = weights.sum() ** 2 / (len(weights) * (weights**2).sum())
