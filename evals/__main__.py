@@ -9,7 +9,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from evals import measure, runs, table
+from evals import measure, published, runs, table
 from rl.config_read import nearest
 from rl.errors import RunFailed, UserError
 
@@ -21,7 +21,8 @@ def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(
         prog="python -m evals",
         description="Measure finished runs with lm-eval, beside the model each started from, and write "
-        "evals/tables/results.md. `python -m evals table` only builds the tables again.",
+        "evals/tables/results.md. `python -m evals table` only builds the tables again; `publish RUN ...`, `published` "
+        "and `check` keep evals/published/, what is committed for readers (each has its own --help).",
     )
     made.add_argument("runs", nargs="*", metavar="RUN", help="names in models/final; all when none is given")
     made.add_argument("--tasks", default="heldout", help="task names, separated by commas (default: heldout)")
@@ -36,6 +37,10 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None, root: Path = ROOT) -> None:
     """Run the command line. Raises UserError for a wrong name or a broken file, before anything is written."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if argv and argv[0] in published.COMMANDS:
+        published.main(argv, root)
+        return
     args = parser().parse_args(argv)
     console = Console()
     if args.list:

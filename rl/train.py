@@ -70,6 +70,7 @@ def train_run(
     name = run.run_name(config.run.name, config.run.seed, seeded)
     parents = _parents(config, display, resume)
 
+    display.done = 0  # a run that another builds on has stages of its own
     display.stage(f"{name}: data and base model")
     from rl import data, device, models, start
 
@@ -172,6 +173,7 @@ def _work(
         sampler=sampler if config.rollout.engine == "mlx" else None,
         stop_ids=stop_ids,
         resume=opened.checkpoint.path if opened.checkpoint else None,
+        fresh_adapter=config.model.lora is not None and begin.adapter is None,
         tokens=opened.record.tokens,
     )
     outcome = _train(config, opened, job, display)
@@ -182,6 +184,7 @@ def _work(
             f"{outcome.failure}; last good checkpoint: {kept.path if kept else 'none yet'} (--resume goes on from it)"
         )
     if outcome.interrupted:
+        display.note(f"stopped after step {outcome.steps}, saved in {opened.folder}; --resume goes on from there")
         raise KeyboardInterrupt
     display.stage(f"after: {len(dataset.heldout)} held-out questions, greedy")
     if config.rollout.engine == "mlx":

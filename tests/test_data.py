@@ -1,11 +1,13 @@
 """rl.data's own problems: rows against hand-made references, and no row on both sides."""
 
 import json
+import math
 import os
 import re
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -130,6 +132,18 @@ def test_arithmetic_rows_are_the_same_on_every_machine() -> None:
     assert made.fingerprint[:8] == "4603ea69"
 
 
+def test_arithmetic_splits_uniformly() -> None:
+    """Held-out problems easier or harder than those of train would measure the split, and not what was learned."""
+    drawn, size = 1000, 24
+    wanted = (config(size, max_a=11, max_b=9, seed=seed) for seed in range(drawn))
+    times = Counter(row["id"] for one in wanted for row in data.build(one).heldout)
+    assert sum(times.values()) == drawn * size
+    share = size / 120
+    spread = sum((times[f"{a}+{b}"] - drawn * share) ** 2 for a in range(12) for b in range(10))
+    # 120 problems, up to two to a draw; the mean of chi-square is its degrees of freedom, its deviation about 20
+    assert 60 < spread / (drawn * share * (1 - share)) < 220
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -166,6 +180,64 @@ def test_gym_heldout_questions_never_occur_in_train() -> None:
     assert Counter(row["task"] for row in made.heldout) == {"chain_sum": 64, "gcd": 128, "spell_backward": 64}
     assert Counter(row["task"] for row in made.train)["spell_backward"] == 250
     assert len({row["id"] for row in made.train + made.heldout}) == len(made.train) + 256
+
+
+def chi_square_p(first: list[bool], second: list[bool]) -> float:
+    """That two samples of yes and no come from one source: chi-square of the 2 x 2 table, one degree of freedom."""
+    whole, yes = len(first) + len(second), sum(first) + sum(second)
+    cross = sum(first) * (len(second) - sum(second)) - sum(second) * (len(first) - sum(first))
+    return math.erfc(math.sqrt(whole * cross**2 / (yes * (whole - yes) * len(first) * len(second)) / 2))
+
+
+def pairs_of(rows: list[dict[str, str]]) -> set[tuple[int, ...]]:
+    """The operands of each row in order of size: both orders of a pair are one draw, not two."""
+    return {tuple(sorted(int(n) for n in re.findall(r"\d+", row["prompt"][-1]["content"]))) for row in rows}
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize(
+    ("task", "options", "likely", "least"),
+    [
+        ("gcd", {"min_value": 2, "max_value": 50}, lambda pair: math.gcd(*pair) == 1, 1800),  # of 49 * 49 - 512 = 1889
+        (
+            "products",
+            {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 2},
+            lambda pair: max(pair) < 10,  # half of what the generator says, and 100 of its 8200 questions
+            2000,
+        ),
+    ],
+)
+def test_gym_sides_are_alike_in_small_pools(
+    task: str, options: dict[str, int], likely: Callable[[tuple[int, ...]], bool], least: int, seed: int
+) -> None:
+    """Drawn one side after the other, held-out got the likely questions: train had 77 % gcd 1, held-out 26 %."""
+    tasks = (Task(name=task, options=options),)
+    made = data.build(config(512, source="reasoning-gym", form="chat", tasks=tasks, train_size=2000, seed=seed))
+    assert chi_square_p(*([likely(p) for p in sorted(pairs_of(rows))] for rows in (made.train, made.heldout))) > 1e-3
+    assert len(made.heldout) == 512
+    assert least <= len(made.train) <= 2000
+
+
+def test_chi_square_p_against_a_known_table() -> None:
+    """Expected counts are 15 and 35, so chi-square is 4 * 25 * (1/15 + 1/35) / 2 = 4.7619."""
+    p = chi_square_p([True] * 10 + [False] * 40, [True] * 20 + [False] * 30)
+    assert p == pytest.approx(0.0290963, rel=1e-5)
+
+
+def test_gym_train_rows_of_any_train_size_are_never_held_out() -> None:
+    """A run that goes on from one on more rows would otherwise be measured on what its model has seen."""
+    tasks = (Task(name="gcd", options={"max_value": 200}), Task(name="gcd", options={"max_value": 40}))
+    made = [
+        data.build(config(64, source="reasoning-gym", form="chat", tasks=tasks, shots=1, train_size=size))
+        for size in (100, 500, 3000)
+    ]
+    assert len({row["prompt"][1]["content"] for one in made for row in one.train + one.heldout}) == 2  # the shots
+    for one in made:
+        assert len(one.heldout) == 64
+        for other in made:
+            assert not pairs_of(one.heldout) & pairs_of(other.train)
+    assert [len(one.train) for one in made] == sorted(len(one.train) for one in made)
+    assert len(made[0].train) == 100
 
 
 def test_gym_rows_carry_what_grading_needs() -> None:

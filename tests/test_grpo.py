@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +56,7 @@ def make_job(tiny_base: models.Base, tmp_path: Path) -> Callable[..., base.Job]:
             train=data.build(settings).train,
             rewards=[rewards.functions.RewardFunction("sevens", 1.0, sevens)],
             sampler=start.load_sampler(settings, begin, policy, tokenizer, stop) if engine == "mlx" else None,
+            fresh_adapter=lora,
             stop_ids=stop,
         )
 
@@ -330,10 +330,3 @@ def test_contract_with_trl_1_16(make_job: Callable[..., base.Job]) -> None:
     assert len(out[1]) == len(out[2]) == 4
     assert isinstance(out[2][0][0], list)
     assert isinstance(trainer._get_train_sampler(), seam.EpochSampler)
-
-
-def test_vespo_is_refused_with_a_sequence_correction(make_job: Callable[..., base.Job]) -> None:
-    """TRL checks this before the seam is in place."""
-    job = make_job(loss_type="vespo", rollout={"correction": "sequence_mask"})
-    with pytest.raises(ValueError, match="vespo needs"):
-        build(replace(job))

@@ -219,3 +219,33 @@ def test_a_config_builds_on_another_and_seeds_make_one_table(capsys: pytest.Capt
     assert [row["seed"] for row in table["rows"]] == [0, 1]
     assert table["mean"]["after"]["value"] == pytest.approx(np.mean([r["result"]["after"]["value"] for r in runs]))
     assert capsys.readouterr().out.count("first: data and base model") == 1 + 1  # trained once, then found finished
+
+
+LORA = "[model.lora]\nrank = 4\nalpha = 8.0\n"
+
+
+def test_a_config_goes_on_in_the_adapter_of_another() -> None:
+    """The parent's adapter is trained further on the parent's base; a different adapter is refused."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    from rl.errors import UserError
+
+    text = SFT.format(name="first", trainer="max_steps = 4\nsave_steps = 4")
+    Path("first.toml").write_text(text.replace("[data]", LORA + "[data]"))
+    text = GRPO.format(name="second", trainer="max_steps = 2\nsave_steps = 2\nsteps_per_generation = 1")
+    tiny = text[text.index('base = "tiny"') : text.index("[data]")]
+    Path("second.toml").write_text(text.replace(tiny, 'from = "first.toml"\n' + LORA))
+    assert train.main(Path("second.toml")) == 0
+    first, second = Path("models/final/first"), Path("models/final/second")
+    runs = [json.loads((f / "run.json").read_text()) for f in (first, second)]
+    assert runs[1]["result"]["before"] == runs[0]["result"]["after"]
+    configs = [json.loads((f / "adapter_config.json").read_text()) for f in (first, second)]
+    assert configs[0]["base_model_name_or_path"] == configs[1]["base_model_name_or_path"]
+    before, after = (load_file(f / "adapter_model.safetensors") for f in (first, second))
+    assert before.keys() == after.keys()
+    assert 0 < max(np.abs(after[n] - before[n]).max() for n in before) < 0.1  # two steps of 5e-3 from where it was
+    base_model = AutoModelForCausalLM.from_pretrained(configs[1]["base_model_name_or_path"])
+    PeftModel.from_pretrained(base_model, second)  # the folder is one that peft loads
+    with pytest.raises(UserError, match="that run is an adapter of rank 4, alpha 8"):
+        train.main(Path("second.toml"), ["model.lora.rank=2"], restart=True)

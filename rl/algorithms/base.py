@@ -14,6 +14,7 @@ import torch
 from transformers import PrinterCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from rl.algorithms.guard import Guard
+from rl.checkpoints import disk_guard
 from rl.config import Config
 from rl.device import trainer_defaults
 
@@ -42,6 +43,7 @@ class Job:
     sampler: Any = None
     stop_ids: list[int] = field(default_factory=list)
     resume: Path | None = None
+    fresh_adapter: bool = False  # without its adapter the policy is what training started from
     tokens: dict[str, int] = field(default_factory=lambda: {"prompt": 0, "completion": 0})
     hooks: Hooks = field(default_factory=Hooks)
 
@@ -139,7 +141,7 @@ def run_trainer(job: Job, trainer: Any, guard: Guard, recorder: Recorder) -> Out
     """Train to the end, an interrupt or a failure."""
     guard.trainer = trainer
     trainer.remove_callback(PrinterCallback)  # the run's display prints what was logged
-    with stop_on_signal(recorder.interrupted, job.hooks.warn):
+    with stop_on_signal(recorder.interrupted, job.hooks.warn), disk_guard(job.folder):
         trainer.train(resume_from_checkpoint=str(job.resume) if job.resume else None)
     steps, wanted = trainer.state.global_step, trainer.state.max_steps
     health = guard.health

@@ -186,7 +186,7 @@ class DuetGRPOTrainer(GRPOTrainer):
     def _measure_kl(self, batch: dict[str, Any]) -> None:
         """KL(policy || start) on a few rows by the estimator k3 (Schulman 2020), where the start is an adapter away."""
         model = self.accelerator.unwrap_model(self.model)
-        if not hasattr(model, "peft_config") or "old_per_token_logps" not in batch:
+        if not self.job.fresh_adapter or "old_per_token_logps" not in batch:
             return
         rows = slice(0, KL_ROWS)
         ids = torch.cat([batch["prompt_ids"][rows], batch["completion_ids"][rows]], dim=1)

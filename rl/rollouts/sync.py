@@ -14,8 +14,10 @@ import mlx.nn as nn
 import torch
 from mlx.utils import tree_flatten, tree_unflatten
 
+from rl.errors import RunFailed
 
-class SyncError(Exception):
+
+class SyncError(RunFailed):
     """The trainer's tensors are not the sampler's: names, shapes or values that must not be sampled from."""
 
 
