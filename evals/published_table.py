@@ -33,10 +33,10 @@ over the steps.
 def fill(text: str, found: Sequence["Published"]) -> tuple[str, list[str]]:
     """The text with each block `<!-- published: NAME -->` … `<!-- end -->` made anew, and the NAMEs nothing matches.
 
-    NAME is an experiment or a pattern (`smollm2-*`). Markers inside fenced code are left alone. Raises UserError for a
-    block without an end.
+    NAME is an experiment or a pattern (`smollm2-*`). An empty block nothing matches stays empty, and markers inside
+    fenced code are left alone. Raises UserError for a block without an end.
     """
-    lines, unmatched = [], []
+    lines, unmatched, body = [], [], ""
     opened, name, fence = 0, "", ""
     for number, line in enumerate(text.splitlines(keepends=True), 1):
         start, tick = START.fullmatch(line), re.match(r"\s*(```|~~~)", line)
@@ -47,14 +47,16 @@ def fill(text: str, found: Sequence["Published"]) -> tuple[str, list[str]]:
             unmatched += [] if matching else [name]
             family = re.search(r"[*?[]", name) is not None
             shown = _short(matching, family) if matching else [f"No run of `{name}` is published yet.\n"]
-            lines += ["\n", *shown, "\n", line]
+            lines += ["\n", *shown, "\n", line] if matching or body.strip() else [body, line]
             opened = 0
-        elif not opened:
+        elif opened:
+            body += line
+        else:
             lines.append(line)
             if tick and fence in ("", tick[1]):
                 fence = "" if fence else tick[1]
             elif start and not fence:
-                opened, name = number, start[1]
+                opened, name, body = number, start[1], ""
     if opened:
         raise UserError(f"README.md: line {opened}: <!-- published: {name} --> has no <!-- end -->; add that line")
     return "".join(lines), unmatched
@@ -125,9 +127,10 @@ def _row(run: record.Record, own: str, other: str) -> list[str]:
 def _short(groups: list[list["Published"]], family: bool) -> list[str]:
     """The README's table of one experiment, or of a family with the experiments' names in front."""
     tables = [seeds(group) for group in groups]
+    mixed = len({own.metric for own, _ in tables}) > 1
     rows = []
     for group, (own, other) in zip(groups, tables, strict=True):
-        first = [f"{group[0].experiment} ({own.metric})"] if family else []
+        first = [group[0].experiment + (f" ({own.metric})" if mixed else "")] if family else []
         for one in group:
             result: Any = one.run.result
             score, beside = result[own.metric], result[other.metric]
@@ -141,16 +144,16 @@ def _short(groups: list[list["Published"]], family: bool) -> list[str]:
             rows.append([*first, f"mean of {len(group)}", *means, second, *([""] if family else [])])
     own, other = tables[0]
     head = [*(["run"] if family else []), "seed", "before", "after", "difference [95 %]", "time"]
-    head += ["the other score" if len({own.metric for own, _ in tables}) > 1 else other.metric]
+    head += ["the other score" if mixed else other.metric]
     n = sorted({row.n for own, _ in tables for row in own.rows})
     lines = [f"{line}\n" for line in _table([*head, *(["commonest answer"] if family else [])], rows)]
-    metric = "" if family else f"{own.metric.capitalize()} scores, greedy, "
-    about = f"{metric}n = {' or '.join(map(str, n))} held-out questions; ± is one standard error."
+    metric = "" if mixed else f"{own.metric.capitalize()} scores, greedy, "
+    about = f"{metric}n = {' or '.join(map(str, n))} held-out questions; ± is one standard error, brackets are 95 % "
+    about += "(a run's over the questions, a mean's over the seeds)."
     if not family:
         constants = _per_run(groups[0], [_constant(one, "always giving it scores") for one in groups[0]])
         about += f" Commonest answer: {constants}."
-    more = "All columns, commands and versions: [evals/published](evals/published/README.md)."
-    return [*lines, "\n", f"{about} {more}\n"]
+    return [*lines, "\n", f"{about}\n"]
 
 
 def _constant(one: "Published", words: str) -> str:
@@ -183,7 +186,7 @@ def _commit(run: record.Record) -> str:
     if not run.git:
         return "not recorded"
     dirty = {True: " with local changes", False: ""}.get(run.git.get("dirty"), " (as given; the tree was not checked)")
-    return f"`{run.git.get('commit')}`{dirty}"
+    return f"`{str(run.git.get('commit'))[:12]}`{dirty}"
 
 
 def _packages(run: record.Record) -> str:

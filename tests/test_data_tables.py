@@ -106,6 +106,20 @@ def test_rows_whose_prompt_is_held_out_are_not_trained_on(tmp_path: Path) -> Non
     assert len({row["id"] for row in split.train}) == len(split.train)
 
 
+def test_a_split_off_heldout_repeats_prompts_as_often_as_train(tmp_path: Path) -> None:
+    """Split by row, a prompt given often is nearly always held out, and then none of its rows is left to train on."""
+    often = [{"prompt": f"{i % 90}", "answer": 1} for i in range(540)]
+    name = write(tmp_path / "r.jsonl", [*often, *numbered(1000, 540)])
+    shares = []
+    for seed in range(20):
+        made = data.build(config(216, tmp_path / "x.toml", path=name, seed=seed))
+        assert len(made.heldout) == 216
+        shares.append([sum(row["answer"] == "1" for row in rows) / len(rows) for rows in (made.train, made.heldout)])
+    train, heldout = (sum(side) / len(side) for side in zip(*shares, strict=True))
+    assert abs(train - 0.5) < 0.02  # by row: .25 in train and .5 held out
+    assert abs(heldout - 0.5) < 0.04
+
+
 def test_train_size_chooses_by_seed_and_keeps_file_order(tmp_path: Path) -> None:
     name = write(tmp_path / "r.jsonl", numbered(0, 100))
     made = [data.build(config(20, tmp_path / "x.toml", path=name, train_size=30, seed=s)).train for s in (0, 0, 1)]

@@ -4,7 +4,7 @@ import hashlib
 import json
 from collections import Counter
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from rl.data.prompts import says
 from rl.errors import UserError
@@ -18,8 +18,8 @@ Row = dict[str, Any]
 def jsonl_rows(config: "Config") -> tuple[list[Row], list[Row]]:
     """(train, held-out) rows of `data.path` and `data.heldout_path` (relative to the config's folder).
 
-    Without `heldout_path` the held-out rows are split off by a hash of each row's id, so they stay the same when rows
-    are added elsewhere in the file. File order is kept. Train rows whose prompt is also held out are left out.
+    Without `heldout_path` the held-out rows are split off by a hash of each row's prompt, so they stay the same when
+    rows are added elsewhere in the file. File order is kept. Train rows whose prompt is also held out are left out.
     """
     data, folder = config.data, config.path.parent
     if data.path is None:
@@ -155,18 +155,24 @@ def _split(
         raise UserError(
             f"{config.path}: [eval] size = {size}, but {source} has {len(found)} rows: lower it or add rows"
         )
-    heldout = _choose(found, size, data.seed)
-    asked = {json.dumps(row["prompt"], sort_keys=True) for row in heldout}
-    train = [row for row in train if json.dumps(row["prompt"], sort_keys=True) not in asked]
+    # by prompt where one file has both: by row, a prompt given often would nearly always be held out, so lost to train
+    heldout = _choose(found, size, data.seed, "prompt" if found is train else "id")
+    asked = {_asked(row) for row in heldout}
+    train = [row for row in train if _asked(row) not in asked]
     if not train:
         raise UserError(
             f"{config.path}: [eval] size = {size} leaves none of the rows of {name} to train on (rows whose prompt is "
             "held out do not count): lower it or add rows"
         )
-    return _choose(train, data.train_size, data.seed), heldout
+    return _choose(train, data.train_size, data.seed, "id"), heldout
 
 
-def _choose(rows: list[Row], count: int, seed: int) -> list[Row]:
-    """`count` rows in their own order, chosen by hash of seed and id; all of them when there are no more."""
-    order = sorted(range(len(rows)), key=lambda i: hashlib.sha256(f"{seed}/{rows[i]['id']}".encode()).digest())
+def _asked(row: Row) -> str:
+    return json.dumps(row["prompt"], sort_keys=True)
+
+
+def _choose(rows: list[Row], count: int, seed: int, by: Literal["id", "prompt"]) -> list[Row]:
+    """`count` rows in their own order, chosen by hash of seed and `by`; all of them when there are no more."""
+    names = [_asked(row) if by == "prompt" else row["id"] for row in rows]
+    order = sorted(range(len(rows)), key=lambda i: hashlib.sha256(f"{seed}/{names[i]}".encode()).digest())
     return [rows[i] for i in sorted(order[:count])]
