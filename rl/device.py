@@ -77,11 +77,17 @@ def macos_major() -> int:
 
 
 def prepare(device: "torch.device") -> None:
-    """Set what a device needs before the first allocation: on MPS a cap on memory, elsewhere nothing."""
-    if device.type == "mps":
-        import torch
+    """Set what a device needs before its first use: on MPS a cap on memory, on CUDA no cuDNN attention.
 
+    cuDNN's attention backward returns NaN for some lengths under a mask (see rl/attention_check.py); the other kernels
+    do not, and at these sizes cost nothing.
+    """
+    import torch
+
+    if device.type == "mps":
         torch.mps.set_per_process_memory_fraction(MPS_SHARE)
+    if device.type == "cuda":
+        torch.backends.cuda.enable_cudnn_sdp(False)
 
 
 def empty_cache(device: "torch.device") -> None:

@@ -5,7 +5,6 @@ It says in its first and last line which device it ran on. Where that is not mps
 
 import functools
 import os
-import platform
 import sys
 import tempfile
 import time
@@ -14,9 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from rl import attention_check, files, record, smoke_page
 from rl import config as configs
 from rl import device as devices
-from rl import files, record
 from rl.errors import RunFailed, UserError
 
 if TYPE_CHECKING:
@@ -29,9 +28,9 @@ DTYPES = ("float32", "float16", "bfloat16")
 MATMUL = {"float32": 1e-5, "float16": 4e-3, "bfloat16": 3e-2}
 # largest |error| of averages of normal numbers; a mask that is lost or shifted gives about 1
 ATTENTION = {"float32": 1e-5, "float16": 5e-3, "bfloat16": 4e-2}
+BACKWARD = {"float32": 1e-4, "float16": 2e-2, "bfloat16": 1.5e-1}
 GRADIENT = 1e-4  # relative, of all weights together
 DLOGP = 1e-3  # largest |Δlogp| of a token, sampler in float32
-PACKAGES = ("torch", "mlx", "mlx-lm", "transformers", "trl", "peft", "accelerate", "numpy")
 SEED = 0
 LOG_WIDTH = 180  # columns where no terminal says how many it has
 
@@ -95,7 +94,7 @@ def main(root: Path = ROOT) -> int:
         f"{len(rows) - len(failed)} of {len(rows)} checks passed in {time.perf_counter() - started:.0f} s "
         f"on {place(device)}. {about_mps(device)}"
     )
-    files.write_text(root / "build" / "smoke.md", markdown(rows, summary, root))
+    files.write_text(root / "build" / "smoke.md", smoke_page.markdown(rows, summary, root))
     print("table, machine and versions: build/smoke.md")
     print(summary, flush=True)
     if failed:
@@ -131,6 +130,8 @@ def checks() -> list[Check]:
     found: list[Check] = [("import of torch, MLX and TRL", packages)]
     found += [(f"linear layer in {dtype}", functools.partial(matmul, dtype=dtype)) for dtype in DTYPES]
     found += [(f"attention, left-padded, in {dtype}", functools.partial(attention, dtype=dtype)) for dtype in DTYPES]
+    name = "attention backward, scores near -120, in"
+    found += [(f"{name} {dtype}", functools.partial(attention_backward, dtype=dtype)) for dtype in DTYPES]
     found += [(f"hand-over to MLX in {dtype}", functools.partial(handover, dtype=dtype)) for dtype in DTYPES]
     found += [("gradient of a tiny Llama, left-padded", gradient)]
     found += [("trainer and sampler, all weights", functools.partial(parity, shared=False))]
@@ -204,6 +205,15 @@ def attention(bench: Bench, dtype: str) -> Found:
     found = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask).cpu().double()
     error = (found - exact).transpose(1, 2)[real].abs().max()
     return within(error.item(), ATTENTION[dtype], "largest error")
+
+
+def attention_backward(bench: Bench, dtype: str) -> Found:
+    """The case in which cuDNN's kernel is NaN: see rl/attention_check.py."""
+    import torch
+
+    return within(
+        attention_check.gradient_error(bench.device, getattr(torch, dtype)), BACKWARD[dtype], "relative error"
+    )
 
 
 def handover(bench: Bench, dtype: str) -> Found:
@@ -314,37 +324,6 @@ def memory(bench: Bench) -> Found:
     mib = 1024**2
     after, mlx = devices.memory_bytes(bench.device) / mib, peak_memory_bytes() / mib
     return Found(f"{bench.memory / mib:,.0f} MiB before, {after:,.0f} after; MLX's peak {mlx:,.0f}", "none", True)
-
-
-def markdown(rows: Iterable[Row], summary: str, root: Path) -> str:
-    """The table with what is needed to read it later: machine, system, versions, commit and time."""
-    from rl.doctor import chip
-
-    lines = ["# Smoke test", "", f"{summary}.", "", "| check | value | tolerance | seconds | result |"]
-    lines.append("| --- | --- | --- | --- | --- |")
-    for row in rows:
-        cells = (
-            row.name,
-            row.found.value,
-            row.found.tolerance,
-            f"{row.seconds:.2f}",
-            "ok" if row.found.ok else "failed",
-        )
-        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
-    system = f"macOS {platform.mac_ver()[0]}" if sys.platform == "darwin" else platform.platform(terse=True)
-    git = record.git_state(root)
-    commit = "unknown" if git is None else f"{git['commit']}{', with changes not committed' if git['dirty'] else ''}"
-    versions = ", ".join(f"{name} {version or 'absent'}" for name, version in record.versions(PACKAGES).items())
-    lines += [
-        "",
-        f"- machine: {chip()}, {devices.cores()} cores, {devices.total_memory_bytes() / devices.GIB:.1f} GiB",
-        f"- system: {system}, {platform.machine()}, Python {platform.python_version()}",
-        f"- packages: {versions}",
-        f"- commit: {commit}",
-        f"- time: {record.now()}",
-        "- command: `python -m rl smoke` (`nox -s mps_smoke`)",
-    ]
-    return "\n".join(lines) + "\n"
 
 
 def _config(
