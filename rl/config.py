@@ -92,7 +92,11 @@ class Data:
     form: Literal["plain", "chat", "char"] = key(
         "plain text, chat messages, or single characters for the tiny model", "plain"
     )
-    path: str | None = key("jsonl: file of the rows, relative to this config, with columns prompt and answer", None)
+    path: str | None = key(
+        "jsonl: file of the rows, relative to this config, with columns prompt and answer; for dpo also prompt, chosen, "
+        "rejected, for kto prompt, completion, label",
+        None,
+    )
     heldout_path: str | None = key(
         "jsonl: file of the held-out rows, relative to this config; unset = split off from path", None
     )
@@ -130,6 +134,11 @@ class Rollout:
     )
     correction_cap: float = key("ratio at which it truncates or masks", 2.0, least=1)
     max_batch: int = key("rows decoded at once", 256, least=1)
+    samples: int | None = key(
+        "dpo, kto and `pairs`: completions sampled to each question to find a right and a wrong one; unset = 8",
+        None,
+        least=2,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,9 +154,9 @@ class Reward:
 
 @dataclass(frozen=True, kw_only=True)
 class Trainer:
-    """[trainer]: the algorithm, then TRL's own arguments verbatim (GRPOConfig or SFTConfig and their bases)."""
+    """[trainer]: the algorithm, then TRL's own arguments verbatim (of its config class for that algorithm)."""
 
-    algorithm: Literal["sft", "grpo"] = key("how to train")
+    algorithm: Literal["sft", "grpo", "dpo", "kto"] = key("how to train")
     args: dict[str, Any] = field(
         default_factory=dict,
         metadata=about("any argument of TRL's config class that has no home in another table", rest=True),

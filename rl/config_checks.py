@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +30,9 @@ SOURCES_OF = {
     "heldout_split": ("hub",),
 }
 
+# losses of DPO in the difference of the two rewards alone, where the f-divergence's log Z(x) cancels
+_ANY_DIVERGENCE = ("sigmoid", "sigmoid_norm", "hinge", "ipo", "exo_pair", "robust", "discopop", "sft")
+
 
 def check(config: Config, source: Source) -> None:
     """Raise UserError for the first impossible combination."""
@@ -43,6 +47,8 @@ def check(config: Config, source: Source) -> None:
     _check_trainer(config, source)
     if config.trainer.algorithm == "grpo":
         _check_grpo(config, source)
+    if config.trainer.algorithm in ("dpo", "kto"):
+        _check_preferences(config, source)
 
 
 def generation_period(args: dict[str, Any]) -> int:
@@ -222,6 +228,53 @@ def _check_grpo(config: Config, source: Source) -> None:
         found = f"found {config.data.train_size}, valid: ≥ {size // group}, the prompts of one rollout"
         raise source.error(("data", "train_size"), found)
     _check_boundaries(args, source)
+
+
+def _check_preferences(config: Config, source: Source) -> None:
+    """What TRL's DPO and KTO trainers refuse only once the base is loaded, or what would not be their loss."""
+    args, algorithm = config.trainer.args, config.trainer.algorithm
+
+    def effective(name: str) -> Any:
+        return trl_fields.value(algorithm, args, name)
+
+    if effective("beta") == 0:
+        raise source.error(("trainer", "beta"), "found 0, valid: > 0, or the loss says nothing of the policy")
+    if args.get("sync_ref_model"):
+        moving = "refused: a reference that moves is in no checkpoint, so --resume would not be exact"
+        raise source.error(("trainer", "sync_ref_model"), moving)
+    if algorithm == "dpo":
+        _check_dpo_losses(args, effective, source)
+    elif effective("loss_type") == "kto":  # its KL term pairs each prompt with the completion of its batch neighbour
+        if (batch := effective("per_device_train_batch_size")) < 2:
+            raise source.error(("trainer", "per_device_train_batch_size"), f"found {batch}, valid for loss 'kto': ≥ 2")
+        if (order := effective("train_sampling_strategy")) != "sequential":
+            found = f"found '{order}', valid for loss 'kto': sequential (the rows are shuffled by the seed before)"
+            raise source.error(("trainer", "train_sampling_strategy"), found)
+
+
+def _check_dpo_losses(args: dict[str, Any], effective: Callable[[str], Any], source: Source) -> None:
+    given = args.get("loss_type", ["sigmoid"])
+    kinds = [given] if isinstance(given, str) else given
+    if not kinds:
+        raise source.error(("trainer", "loss_type"), "found an empty list, valid: at least one loss")
+    weights = args.get("loss_weights")
+    if weights is not None and len(weights) != len(kinds):
+        found = f"found {len(weights)} for {len(kinds)} in loss_type, valid: one for each"
+        raise source.error(("trainer", "loss_weights"), found)
+    smoothing = effective("label_smoothing")
+    if "exo_pair" in kinds and not 0 < smoothing < 1:
+        found = f"found {smoothing} with loss_type 'exo_pair', valid: > 0 and < 1 (its paper takes 1e-3)"
+        raise source.error(("trainer", "label_smoothing"), found)
+    if not 0 <= smoothing < (0.5 if "robust" in kinds else 1):
+        valid = "≥ 0 and < 0.5 with loss_type 'robust'" if "robust" in kinds else "≥ 0 and < 1"
+        raise source.error(("trainer", "label_smoothing"), f"found {smoothing}, valid: {valid}")
+    without = [kind for kind in kinds if kind not in _ANY_DIVERGENCE]
+    if effective("f_divergence_type") != "reverse_kl" and without:
+        found = f"found '{effective('f_divergence_type')}' with loss_type '{without[0]}', valid there: reverse_kl"
+        raise source.error(("trainer", "f_divergence_type"), found)
+    if effective("use_weighting") and (aot := [kind for kind in kinds if kind.startswith("aot")]):
+        found = f"found true with loss_type '{aot[0]}', which sorts the pairs, valid there: false"
+        raise source.error(("trainer", "use_weighting"), found)
 
 
 def _check_boundaries(args: dict[str, Any], source: Source) -> None:

@@ -21,11 +21,13 @@ from rl.errors import UserError
 SOURCES = {
     "SFTConfig": ("trl", "trainer/sft_config.py"),
     "GRPOConfig": ("trl", "trainer/grpo_config.py"),
+    "DPOConfig": ("trl", "trainer/dpo_config.py"),
+    "KTOConfig": ("trl", "trainer/kto_config.py"),
     "_BaseConfig": ("trl", "trainer/base_config.py"),
     "TrainingArguments": ("transformers", "training_args.py"),
 }
 ENUMS = (("transformers", "trainer_utils.py"), ("transformers", "training_args.py"), ("transformers", "debug_utils.py"))
-CLASSES = {"sft": "SFTConfig", "grpo": "GRPOConfig"}
+CLASSES = {"sft": "SFTConfig", "grpo": "GRPOConfig", "dpo": "DPOConfig", "kto": "KTOConfig"}
 
 # values TRL checks only in the middle of training; a test compares them with its sources
 VALUES: dict[tuple[str, str], tuple[str, ...]] = {
@@ -33,7 +35,15 @@ VALUES: dict[tuple[str, str], tuple[str, ...]] = {
     ("grpo", "scale_rewards"): ("group", "batch", "none"),
     ("grpo", "importance_sampling_level"): ("token", "sequence"),
     ("grpo", "multi_objective_aggregation"): ("sum_then_normalize", "normalize_then_sum"),
+    ("dpo", "loss_type"): (
+        *("sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot", "aot_unpaired"),
+        *("apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm"),
+    ),
+    ("dpo", "f_divergence_type"): ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"),
+    ("kto", "loss_type"): ("kto", "apo_zero_unpaired"),
 }
+# what `__post_init__` takes beside the annotated type
+ALSO: dict[tuple[str, str], Any] = {("dpo", "loss_type"): str}
 LEAST: dict[str, float] = {
     "per_device_train_batch_size": 1,
     "gradient_accumulation_steps": 1,
@@ -130,7 +140,7 @@ class Argument:
 
 @functools.cache
 def arguments(algorithm: str) -> dict[str, Argument]:
-    """Name -> Argument of TRL's config class for "sft" or "grpo", its bases included, in the order of declaration.
+    """Name -> Argument of TRL's config class for a name in CLASSES, its bases included, in the order of declaration.
 
     Raises UserError when trl or transformers is not installed.
     """
@@ -171,10 +181,12 @@ def check(algorithm: str, args: dict[str, Any], source: Source) -> None:
             raise source.error(where, "refused: it takes a Python object, which TOML cannot hold")
         if name == "optim" and isinstance(found, str) and any(part in found for part in _BITSANDBYTES):
             raise source.error(where, f"found '{found}'; {_MLX}: use adamw_torch or adafactor")
-        check_value(argument.type, found, source, where)
+        wanted = argument.type | ALSO[algorithm, name] if (algorithm, name) in ALSO else argument.type
+        check_value(wanted, found, source, where)
         check_json(found, source, where)
         if (algorithm, name) in VALUES:
-            check_value(Literal[VALUES[algorithm, name]], found, source, where)
+            for item in found if isinstance(found, list) else [found]:
+                check_value(Literal[VALUES[algorithm, name]], item, source, where)
         if name in LEAST and found < LEAST[name]:
             raise source.error(where, f"found {found}, valid: ≥ {LEAST[name]:g}")
 

@@ -11,7 +11,7 @@ import torch
 from trl import GRPOConfig, GRPOTrainer
 
 from rl import config, data, models, rewards, start
-from rl.algorithms import base, grpo, seam
+from rl.algorithms import base, grpo, online, seam
 from rl.algorithms.guard import COLLAPSED_STEPS, Guard, trace
 from rl.rollouts.result import Completion
 
@@ -102,7 +102,7 @@ def test_reusing_the_forward_changes_no_weight(
         job = make_job(max_steps=3, optim="sgd")
         if not reuse:
             monkeypatch.setattr(grpo.DuetGRPOTrainer, "_on_policy", lambda self: False)
-            monkeypatch.setattr(grpo, "SHORTEST_PREFIX", 10**6)
+            monkeypatch.setattr(online, "SHORTEST_PREFIX", 10**6)
         rows = logged(job)
         grpo.train(job)
         results.append((weights(job.model), rows))

@@ -114,9 +114,9 @@ def test_everything_passes_here_in_under_a_minute(
     assert time.perf_counter() - started < 60
     report = (tmp_path / "build" / "smoke.md").read_text()
     rows = [line.split(" | ") for line in report.splitlines() if line.startswith("| ")][2:]
-    assert len(rows) == 18
+    assert len(rows) == 21
     assert {row[-1] for row in rows} == {"ok |"}
-    assert sum("float32" in row[0] for row in rows) == 3
+    assert sum("float32" in row[0] for row in rows) == 4
     for algorithm in ("SFT", "GRPO"):
         for kind in ("all weights", "LoRA"):
             (row,) = [row for row in rows if row[0] == f"| a step of {algorithm}, {kind}"]

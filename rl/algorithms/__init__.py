@@ -1,3 +1,3 @@
 """One file per algorithm; TRL is imported here and nowhere else."""
 
-ALGORITHMS = ("sft", "grpo")
+ALGORITHMS = ("sft", "grpo", "dpo", "kto")

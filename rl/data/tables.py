@@ -1,4 +1,7 @@
-"""Rows from files or the hub: columns `prompt` (text or chat messages) and `answer`; others are kept for rewards."""
+"""Rows from files or the hub: columns `prompt` (text or chat messages) and `answer`; others are kept for rewards.
+
+For dpo and kto the training rows may be preferences instead of questions: see `rl.data.preferences`.
+"""
 
 import hashlib
 import json
@@ -6,7 +9,7 @@ from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from rl.data.prompts import says
+from rl.data import preferences
 from rl.errors import UserError
 
 if TYPE_CHECKING:
@@ -24,8 +27,13 @@ def jsonl_rows(config: "Config") -> tuple[list[Row], list[Row]]:
     data, folder = config.data, config.path.parent
     if data.path is None:
         raise UserError(f"{config.path}: [data] path is missing: source 'jsonl' needs the file of the rows")
-    train = _read(folder / data.path, data)
+    train = _read(folder / data.path, data, config.trainer.algorithm)
     heldout = None if data.heldout_path is None else _read(folder / data.heldout_path, data)
+    if heldout is None and preferences.ready(train, config.trainer.algorithm, str(data.path)):
+        raise UserError(
+            f"{config.path}: [data] heldout_path is missing: {data.path} holds preferences, and the run is measured on "
+            "questions: a jsonl file with columns prompt and answer"
+        )
     return _split(train, heldout, config, str(data.path), str(data.heldout_path))
 
 
@@ -38,12 +46,18 @@ def hub_rows(config: "Config") -> tuple[list[Row], list[Row]]:
     data = config.data
     if data.name is None:
         raise UserError(f"{config.path}: [data] name is missing: source 'hub' needs the data set's id, 'org/name'")
-    train = _fetch(data.split, config)
+    train = _fetch(data.split, config, config.trainer.algorithm)
+    if data.heldout_split == data.split and preferences.ready(train, config.trainer.algorithm, str(data.name)):
+        raise UserError(
+            f"{config.path}: [data] heldout_split = '{data.split}' holds preferences, and the run is measured on "
+            "questions with an answer: name a split of those, or take source = 'jsonl' with a heldout_path"
+        )
     heldout = None if data.heldout_split == data.split else _fetch(data.heldout_split, config)
     return _split(train, heldout, config, f"{data.name}/{data.split}", f"{data.name}/{data.heldout_split}")
 
 
-def _read(path: Path, data: "Data") -> list[Row]:
+def _read(path: Path, data: "Data", algorithm: str | None = None) -> list[Row]:
+    """The rows of a file; with an `algorithm` they may be its preference rows."""
     try:
         lines = path.read_bytes().decode("utf-8-sig").split("\n")  # not splitlines: texts may hold U+2028
     except OSError as error:
@@ -63,7 +77,7 @@ def _read(path: Path, data: "Data") -> list[Row]:
             raise UserError(
                 f"{path} line {number}: not JSON ({error.msg}, column {error.colno}); one object a line"
             ) from error
-        row = _row(record, data, f"{path} line {number}")
+        row = _row(record, data, f"{path} line {number}", algorithm)
         if "id" in record and row["id"] in lines_of:
             raise UserError(
                 f"{path} line {number}: id '{row['id']}' is also on line {lines_of[row['id']]}; make it unique"
@@ -75,7 +89,7 @@ def _read(path: Path, data: "Data") -> list[Row]:
     return _unique(rows)
 
 
-def _fetch(split: str, config: "Config") -> list[Row]:
+def _fetch(split: str, config: "Config", algorithm: str | None = None) -> list[Row]:
     import datasets
 
     data = config.data
@@ -97,33 +111,39 @@ def _fetch(split: str, config: "Config") -> list[Row]:
             record["prompt"] = record.pop("question")
         if isinstance(record.get("answer"), str) and "####" in record["answer"]:
             record["answer"] = record["answer"].rsplit("####", 1)[1]
-        rows.append(_row(record, data, f"{where}, row {number}"))
+        rows.append(_row(record, data, f"{where}, row {number}", algorithm))
     if not rows:
         raise UserError(f"{where}: no rows")
     return _unique(rows)
 
 
-def _row(record: Any, data: "Data", where: str) -> Row:
+def _row(record: Any, data: "Data", where: str, algorithm: str | None = None) -> Row:
     if not isinstance(record, dict):
         raise UserError(f"{where}: found {type(record).__name__}, must be an object with 'prompt' and 'answer'")
-    for column in ("prompt", "answer"):
-        if column not in record:
-            raise UserError(f"{where}: no column '{column}', found: {', '.join(record) or 'none'}")
-    prompt, answer = record["prompt"], record["answer"]
+    needed = preferences.columns(record, algorithm)
+    if missing := [f"'{column}'" for column in needed if column not in record]:
+        instead = (
+            "" if "answer" in needed else f"; {algorithm} takes {', '.join(needed)} in each row, or prompt, answer"
+        )
+        raise UserError(f"{where}: no column {', '.join(missing)}, found: {', '.join(record) or 'none'}{instead}")
+    prompt = record["prompt"]
     if not (isinstance(prompt, str) and prompt) and not _is_chat(prompt):
         raise UserError(f"{where}: 'prompt' must be a text or a list of {{role, content}}, found {prompt!r:.60}")
-    if isinstance(answer, bool) or not isinstance(answer, str | int | float) or not str(answer).strip():
-        raise UserError(f"{where}: 'answer' must be a text or a number, found {answer!r:.60}")
-    answer = str(answer).strip()
+    own = record | ({"answer": _answer(record["answer"], where)} if "answer" in needed else {})
     if data.form == "chat":
         prompt = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
         if data.system and prompt[0]["role"] != "system":
             prompt = [{"role": "system", "content": data.system}, *prompt]
-    digest = hashlib.sha256(json.dumps([record["prompt"], answer], sort_keys=True).encode()).hexdigest()
-    row = record | {"id": str(record.get("id", digest[:16])), "prompt": prompt, "answer": answer}
-    if isinstance(prompt, list) and isinstance(row.get("completion"), str):
-        row["completion"] = says(row["completion"])
+    digest = hashlib.sha256(json.dumps([own[column] for column in needed], sort_keys=True).encode()).hexdigest()
+    row = preferences.spoken(own | {"id": str(record.get("id", digest[:16])), "prompt": prompt})
+    preferences.check(row, needed, where)
     return {"task": data.source} | row
+
+
+def _answer(answer: Any, where: str) -> str:
+    if isinstance(answer, bool) or not isinstance(answer, str | int | float) or not str(answer).strip():
+        raise UserError(f"{where}: 'answer' must be a text or a number, found {answer!r:.60}")
+    return str(answer).strip()
 
 
 def _unique(rows: list[Row]) -> list[Row]:

@@ -5,7 +5,7 @@ names and shapes are compared with what the sampler holds before anything is cop
 """
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,9 @@ import torch
 from mlx.utils import tree_flatten, tree_unflatten
 
 from rl.errors import RunFailed
+
+# tensors copied together: large enough that the count of copies does not matter, small beside any model
+PART_BYTES = 64 << 20
 
 
 class SyncError(RunFailed):
@@ -98,14 +101,39 @@ def _copy(sampler: nn.Module, pairs: list[tuple[str, torch.Tensor]], held: dict[
             f"{len(pairs)} tensors sent, {len(held)} held by the sampler; "
             f"missing {missing[:3] or 'none'}, unknown {extra[:3] or 'none'}"
         )
-    arrays, size = [], 0
     for name, tensor in pairs:
         if tuple(tensor.shape) != tuple(held[name].shape):
             raise SyncError(f"{name}: the trainer's shape is {tuple(tensor.shape)}, the sampler's {held[name].shape}")
-        if not bool(torch.isfinite(tensor).all()):
-            raise SyncError(f"{name}: the trainer's weights are not finite")
-        size += tensor.numel() * tensor.element_size()
-        arrays.append((name, to_mlx(tensor).astype(held[name].dtype)))
+    arrays = [(n, array.astype(held[n].dtype)) for part in _parts(pairs) for n, array in _transfer(part)]
+    size = sum(tensor.numel() * tensor.element_size() for _, tensor in pairs)
     sampler.load_weights(arrays, strict=False)  # names were checked above: exactly the held ones
     mx.eval([array for _, array in arrays])
     return SyncReport(len(arrays), size, time.perf_counter() - started)
+
+
+def _parts(pairs: list[tuple[str, torch.Tensor]]) -> Iterator[list[tuple[str, torch.Tensor]]]:
+    """Consecutive tensors of one dtype, together at most PART_BYTES (or one larger tensor)."""
+    part: list[tuple[str, torch.Tensor]] = []
+    size = 0
+    for name, tensor in pairs:
+        bytes_ = tensor.numel() * tensor.element_size()
+        if part and (size + bytes_ > PART_BYTES or tensor.dtype != part[0][1].dtype):
+            yield part
+            part, size = [], 0
+        part.append((name, tensor))
+        size += bytes_
+    if part:
+        yield part
+
+
+def _transfer(part: list[tuple[str, torch.Tensor]]) -> list[tuple[str, mx.array]]:
+    """One check and one copy for all tensors of `part`: each of its own would make a GPU wait hundreds of times."""
+    flat = torch.cat([tensor.detach().reshape(-1) for _, tensor in part])
+    if not bool(torch.isfinite(flat).all()):
+        name = next(name for name, tensor in part if not bool(torch.isfinite(tensor).all()))
+        raise SyncError(f"{name}: the trainer's weights are not finite")
+    array, start, out = to_mlx(flat), 0, []
+    for name, tensor in part:
+        out.append((name, array[start : start + tensor.numel()].reshape(tensor.shape)))
+        start += tensor.numel()
+    return out

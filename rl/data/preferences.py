@@ -1,0 +1,66 @@
+"""Preference rows: what DPO and KTO train on, ready in a file or sampled by the run itself (`rl.pairs`).
+
+dpo: `prompt`, `chosen`, `rejected`. kto: `prompt`, `completion`, `label` (true for a good completion). A row of either
+kind needs no `answer`: only held-out questions are graded.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rl.data.prompts import says
+from rl.errors import UserError
+
+Row = dict[str, Any]
+
+COLUMNS: dict[str, tuple[str, ...]] = {"dpo": ("chosen", "rejected"), "kto": ("completion", "label")}
+# the columns that tell a preference row from a question, which may have a (gold) completion too
+_MARKS = {"dpo": ("chosen", "rejected"), "kto": ("label",)}
+_ANSWERS = ("completion", "chosen", "rejected")  # columns that hold something the assistant says
+
+
+def columns(record: Mapping[str, Any], algorithm: str | None) -> tuple[str, ...]:
+    """The columns `record` must have: those of a question, or of `algorithm`'s preference rows where it has any."""
+    if algorithm not in COLUMNS:
+        return "prompt", "answer"
+    marked = any(column in record for column in _MARKS[algorithm])
+    return ("prompt", *COLUMNS[algorithm]) if marked or "answer" not in record else ("prompt", "answer")
+
+
+def ready(rows: Sequence[Row], algorithm: str, where: str) -> bool:
+    """Whether `rows` are preference rows of `algorithm`; False when a run has to sample completions to its questions.
+
+    Raises UserError when some are and some are not, naming the first that is not.
+    """
+    if algorithm not in COLUMNS:
+        return False
+    without = [row for row in rows if any(column not in row for column in COLUMNS[algorithm])]
+    if algorithm == "kto":  # gold completions of a generated data set carry no label
+        without = [row for row in rows if "label" not in row]
+    if without and len(without) < len(rows):
+        named = " and ".join(f"'{column}'" for column in COLUMNS[algorithm])
+        raise UserError(
+            f"{where}: row '{without[0]['id']}' lacks {named} that others have; {algorithm} takes preference rows "
+            "(in every row) or questions with an answer, to which it samples completions itself"
+        )
+    return not without
+
+
+def check(row: Row, needed: Sequence[str], where: str) -> None:
+    """Raise UserError unless the preference columns among `needed` have the form that the prompt asks for."""
+    chat = isinstance(row["prompt"], list)
+    for column in (c for c in needed if c in _ANSWERS):
+        found = row[column]
+        if not isinstance(found, list if chat else str):
+            valid = "a text or assistant messages, as the prompt is chat" if chat else "a text, as the prompt is one"
+            raise UserError(f"{where}: '{column}' must be {valid}, found {found!r:.60}")
+    if "label" in needed and not isinstance(row["label"], bool):
+        raise UserError(f"{where}: 'label' must be true or false, found {row['label']!r:.60}")
+    if "chosen" in needed and row["chosen"] == row["rejected"]:
+        raise UserError(f"{where}: 'chosen' and 'rejected' are the same, {row['chosen']!r:.60}: no preference")
+
+
+def spoken(row: Row) -> Row:
+    """`row` with its completions as assistant messages where its prompt is chat."""
+    if not isinstance(row["prompt"], list):
+        return row
+    return row | {c: says(row[c]) for c in _ANSWERS if isinstance(row.get(c), str)}
