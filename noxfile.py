@@ -85,6 +85,12 @@ def doctor(session: nox.Session) -> None:
 
 
 @nox.session
+def bench(session: nox.Session) -> None:
+    """Time rollouts, sync and a GRPO step against what they replace: nox -s bench -- --shape smollm2"""
+    python(session, "-m", "rl", "bench", *session.posargs)
+
+
+@nox.session
 def clean(session: nox.Session) -> None:
     """Remove caches and generated tables, never a run: nox -s clean -- --dry-run"""
     python(session, "-m", "rl", "clean", *session.posargs)

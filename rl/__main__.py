@@ -52,6 +52,15 @@ def _check(arguments: argparse.Namespace) -> None:
         print(to_toml(resolved(load(arguments.config, arguments.set))), end="")
 
 
+def _pairs(arguments: argparse.Namespace) -> int | None:
+    from rl.config import load
+
+    load(arguments.config, arguments.set)  # before torch, whose import takes seconds
+    import rl.pairs
+
+    return rl.pairs.main(arguments.config, arguments.set, arguments.out)
+
+
 def _doctor(arguments: argparse.Namespace) -> int | None:
     import rl.doctor
 
@@ -64,10 +73,28 @@ def _smoke(arguments: argparse.Namespace) -> int | None:
     return rl.smoke.main()
 
 
+def _bench(arguments: argparse.Namespace) -> int | None:
+    import rl.bench
+
+    return rl.bench.main(
+        arguments.shape or ["tiny"],
+        quick=arguments.quick,
+        repeats=arguments.repeats,
+        dtype=arguments.dtype,
+        parts=arguments.part or rl.bench.PARTS,
+    )
+
+
 def _clean(arguments: argparse.Namespace) -> int | None:
     import rl.clean
 
     return rl.clean.main(everything=arguments.all, dry_run=arguments.dry_run)
+
+
+def _count(text: str) -> int:
+    if not (text.isdecimal() and int(text) > 0):
+        raise argparse.ArgumentTypeError(f"found {text!r}, valid: a whole number ≥ 1")
+    return int(text)
 
 
 def _seeds(text: str) -> tuple[int, ...]:
@@ -94,7 +121,8 @@ def _parser() -> argparse.ArgumentParser:
 
     train = command("train", _train, "train what a config says, and what it builds on")
     check = command("check", _check, "check a config and print every setting it resolves to")
-    for added, count in ((train, None), (check, "?")):
+    pairs = command("pairs", _pairs, "sample a config's start policy, write right and wrong completions as jsonl")
+    for added, count in ((train, None), (check, "?"), (pairs, None)):
         added.add_argument(
             "config", metavar="CONFIG", type=Path, nargs=count, help="a TOML file, e.g. configs/grpo.toml"
         )
@@ -110,9 +138,22 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument(
         "--seeds", type=_seeds, default=None, metavar="0,1,2", help="train these seeds in turn, one table"
     )
+    pairs.add_argument("--out", type=Path, required=True, metavar="FILE", help="the jsonl file to write")
     check.add_argument("--keys", action="store_true", help="print every table and key with type, default and meaning")
     command("doctor", _doctor, "versions, device and memory of this machine")
     command("smoke", _smoke, "one tiny training step and rollout on this machine's device")
+    bench = command("bench", _bench, "time rollouts, sync and a GRPO step against what they replace")
+    bench.add_argument(
+        "--shape", action="append", choices=("tiny", "smollm2", "1.7b"), help="model, tiny if none; may be repeated"
+    )
+    bench.add_argument("--quick", action="store_true", help="scaled down, to see that it runs; judges nothing")
+    bench.add_argument("--repeats", type=_count, metavar="N", help="turns of each contestant, 5 (2 with --quick)")
+    bench.add_argument(
+        "--dtype", choices=("float32", "float16", "bfloat16"), help="of all contestants; float32 on a CPU, else float16"
+    )
+    bench.add_argument(
+        "--part", action="append", choices=("rollouts", "sync", "step"), help="only this; may be repeated"
+    )
     clean = command("clean", _clean, "remove caches and generated tables; runs, finished or not, stay unless --all")
     clean.add_argument("--all", action="store_true", help="also base models, runs and results; data/raw stays")
     clean.add_argument("--dry-run", action="store_true", help="say what would go, remove nothing")

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from rl import config_checks, trl_fields
+from rl import algorithms, config_checks, trl_fields
 from rl.config_read import Source, about, key, keys_of, place, plain, read, read_toml, with_overrides
 from rl.config_text import reference
 
@@ -93,8 +93,8 @@ class Data:
         "plain text, chat messages, or single characters for the tiny model", "plain"
     )
     path: str | None = key(
-        "jsonl: file of the rows, relative to this config, with columns prompt and answer; for dpo also prompt, chosen, "
-        "rejected, for kto prompt, completion, label",
+        "jsonl: file of the rows, relative to this config, with columns prompt and answer; dpo also takes prompt, "
+        "chosen, rejected, and kto prompt, completion, label",
         None,
     )
     heldout_path: str | None = key(
@@ -130,7 +130,8 @@ class Rollout:
     max_completion_length: int = key("new tokens at most", 64, least=1)
     stop: tuple[str, ...] = key("texts that end a completion, beside EOS", ())
     correction: Literal["none", "token_truncate", "token_mask", "sequence_truncate", "sequence_mask"] = key(
-        "importance-sampling correction of sampler against trainer", "token_truncate"
+        "importance-sampling correction of sampler against trainer; for rloo unset = sequence_truncate",
+        "token_truncate",
     )
     correction_cap: float = key("ratio at which it truncates or masks", 2.0, least=1)
     max_batch: int = key("rows decoded at once", 256, least=1)
@@ -156,7 +157,9 @@ class Reward:
 class Trainer:
     """[trainer]: the algorithm, then TRL's own arguments verbatim (of its config class for that algorithm)."""
 
-    algorithm: Literal["sft", "grpo", "dpo", "kto"] = key("how to train")
+    algorithm: Literal["sft", "grpo", "dr_grpo", "dapo", "gspo", "cispo", "sapo", "rloo", "dpo", "kto"] = key(
+        "how to train; rl/algorithms/<name>.py says what it is"
+    )
     args: dict[str, Any] = field(
         default_factory=dict,
         metadata=about("any argument of TRL's config class that has no home in another table", rest=True),
@@ -217,6 +220,7 @@ def _load(path: Path, overrides: Sequence[str], chain: tuple[Path, ...]) -> Conf
     source = Source(str(path), overridden, _home)
     config: Config = read(Config, tables, source, also={"path": path})
     trl_fields.check(config.trainer.algorithm, config.trainer.args, source)
+    config = _with_recipe(config, tables)
     config_checks.check(config, source)
     chain = (*chain, path)
     for dotted, other in builds_on(config).items():
@@ -229,6 +233,16 @@ def _load(path: Path, overrides: Sequence[str], chain: tuple[Path, ...]) -> Conf
             raise source.error(where, "configs build on each other: " + " -> ".join(p.name for p in circle))
         _load(other, (), chain)
     return _decided(config)
+
+
+def _with_recipe(config: Config, tables: dict[str, Any]) -> Config:
+    """The config with the defaults of its algorithm; `tables` says what was given."""
+    algorithm = config.trainer.algorithm
+    trainer = replace(config.trainer, args=algorithms.defaults(algorithm) | config.trainer.args)
+    config = replace(config, trainer=trainer)
+    if algorithm == "rloo" and "correction" not in tables.get("rollout", {}):
+        config = replace(config, rollout=replace(config.rollout, correction="sequence_truncate"))
+    return config
 
 
 def _decided(config: Config) -> Config:

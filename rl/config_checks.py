@@ -9,6 +9,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from rl import trl_fields
+from rl.algorithms import ONLINE, defaults
 from rl.config_read import Source, Where
 from rl.errors import UserError
 
@@ -45,7 +46,8 @@ def check(config: Config, source: Source) -> None:
     _check_rollout(config, source)
     _check_rewards(config, source)
     _check_trainer(config, source)
-    if config.trainer.algorithm == "grpo":
+    if config.trainer.algorithm in ONLINE:
+        _check_recipe(config, source)
         _check_grpo(config, source)
     if config.trainer.algorithm in ("dpo", "kto"):
         _check_preferences(config, source)
@@ -157,10 +159,11 @@ def _check_rollout(config: Config, source: Source) -> None:
 def _check_rewards(config: Config, source: Source) -> None:
     from rl import rewards  # here, since a reward may be built without any config
 
-    if config.trainer.algorithm == "grpo":
+    algorithm = config.trainer.algorithm
+    if algorithm in ONLINE:
         if not config.rewards:
             raise source.table_error(
-                ("trainer",), "algorithm: 'grpo' needs a reward, found none: add [[reward]] with a name"
+                ("trainer",), f"algorithm: '{algorithm}' needs a reward, found none: add [[reward]] with a name"
             )
         if not any(reward.weight for reward in config.rewards):
             raise source.error(("reward", 0, "weight"), "found 0 for every [[reward]], valid: one other than 0")
@@ -200,12 +203,40 @@ def _check_trainer(config: Config, source: Source) -> None:
             raise source.error(("trainer", name), f"found {steps}, valid: a whole number ≥ 1, or a share below 1")
 
 
+def _check_recipe(config: Config, source: Source) -> None:
+    """An algorithm's name says which loss it takes, and a weight belongs to what the loss is of."""
+    args, algorithm, rollout = config.trainer.args, config.trainer.algorithm, config.rollout
+    recipe = defaults(algorithm)
+    for name in ("loss_type", "importance_sampling_level", "scale_rewards"):
+        if name in recipe and args[name] != recipe[name]:
+            valid = f"valid: '{recipe[name]}', which is what '{algorithm}' means; algorithm = 'grpo' takes any"
+            raise source.error(("trainer", name), f"found {args[name]!r}, {valid}")
+    if args.get("loss_type") == "cispo":
+        high = args.get("epsilon_high", _arg(args, "epsilon"))
+        if high < 1:
+            whence = "" if "epsilon_high" in args else " (unset, so epsilon)"
+            valid = "valid: ≥ 1, with loss_type 'cispo' it is the largest weight itself; 5 is usual"
+            raise source.table_error(("trainer",), f"epsilon_high: found {high}{whence}, {valid}", "epsilon_high")
+    if algorithm == "rloo" and rollout.correction.startswith("token"):
+        valid = "valid: sequence_truncate, sequence_mask, none; rloo's loss is of whole sequences, not of tokens"
+        raise source.error(("rollout", "correction"), f"found '{rollout.correction}', {valid}")
+    clip = args.get("reward_clip_range")
+    if clip is not None and (len(clip) != 2 or clip[0] >= clip[1]):
+        raise source.error(("trainer", "reward_clip_range"), f"found {clip}, valid: [least, most]")
+    for i, reward in enumerate(config.rewards):
+        free = reward.options["limit"] - reward.options["cache"] if reward.name == "overlong" else 0
+        if free >= rollout.max_completion_length:
+            found = f"limit - cache = {free}, valid: < [rollout] max_completion_length {rollout.max_completion_length}"
+            raise source.error(("reward", i, "limit"), f"{found}, or nothing is ever punished")
+
+
 def _check_grpo(config: Config, source: Source) -> None:
     """What TRL's `GRPOConfig.__post_init__` refuses, and what would make an exact resume impossible."""
     args = config.trainer.args
     if "generation_batch_size" in args and "steps_per_generation" in args:
         raise source.error(("trainer", "steps_per_generation"), "not together with generation_batch_size: set one")
-    batch, group = _arg(args, "per_device_train_batch_size"), _arg(args, "num_generations")
+    batch = _arg(args, "per_device_train_batch_size")
+    group = trl_fields.value(config.trainer.algorithm, args, "num_generations")  # RLOO's default is its own
     given = args.get("generation_batch_size")
     if given is not None and given % batch:
         found = f"found {given}, valid: a multiple of per_device_train_batch_size ({batch}), {_around(given, batch)}"

@@ -68,7 +68,7 @@ def train_run(
     config = configs.load(path, overrides)
     seeded = any(o.partition("=")[0].strip() == "run.seed" for o in overrides)
     name = run.run_name(config.run.name, config.run.seed, seeded)
-    parents = _parents(config, display, resume)
+    built = parents(config, display, resume)
 
     display.done = 0  # a run that another builds on has stages of its own
     display.stage(f"{name}: data and base model")
@@ -78,10 +78,10 @@ def train_run(
     display.note(f"{len(dataset.train)} training and {len(dataset.heldout)} held-out rows from {dataset.source}")
     where = device.pick(config.run.device)
     device.prepare(where)
-    parent = ROOT / "models" / "final" / parents["model.from"].name if "model.from" in parents else None
+    parent = ROOT / "models" / "final" / built["model.from"].name if "model.from" in built else None
     begin = start.find(config, ROOT, parent)
     tokenizer = models.load_tokenizer(begin.base)
-    _check_prompts(config, dataset, tokenizer, begin)
+    check_prompts(config, dataset, tokenizer, begin)
     fresh = record.new(
         ROOT,
         name=name,
@@ -94,7 +94,7 @@ def train_run(
             "fingerprint": dataset.fingerprint,
             "rows": {"train": len(dataset.train), "heldout": len(dataset.heldout)},
         },
-        parents=[{"role": role, "name": p.name, "inputs_sha256": p.inputs_sha256} for role, p in parents.items()],
+        parents=[{"role": role, "name": p.name, "inputs_sha256": p.inputs_sha256} for role, p in built.items()],
         command=command,
     )
     unfinished = bool(run.last_checkpoint(run.folders(ROOT, name)[0])) if many else False
@@ -107,7 +107,7 @@ def train_run(
     return name
 
 
-def _parents(config: Config, display: Display, resume: bool) -> dict[str, record.Record]:
+def parents(config: Config, display: Display, resume: bool) -> dict[str, record.Record]:
     """The finished runs that `config` builds on, trained first where they are missing."""
     found = {}
     for role, path in configs.builds_on(config).items():
@@ -119,7 +119,7 @@ def _parents(config: Config, display: Display, resume: bool) -> dict[str, record
     return found
 
 
-def _check_prompts(config: Config, dataset: Any, tokenizer: Any, begin: Any) -> None:
+def check_prompts(config: Config, dataset: Any, tokenizer: Any, begin: Any) -> None:
     """Every prompt fits the context with room for its completion; chat prompts find a template."""
     from rl import data, models
 
@@ -135,7 +135,7 @@ def _work(
     config: Config, opened: run.OpenRun, dataset: Any, where: Any, begin: Any, tokenizer: Any, display: Display
 ) -> None:
     """From a loaded base to a finished run folder."""
-    from rl import measure, rewards, start
+    from rl import measure, pairs, rewards, start
     from rl.algorithms import base as algorithms
     from rl.algorithms import seam
 
@@ -144,7 +144,7 @@ def _work(
     policy = start.load_policy(config, begin, where)
     stop_ids = seam.stop_ids(tokenizer, config.rollout.stop)
     sampler = start.load_sampler(config, begin, policy, tokenizer, stop_ids)
-    _check_parity(config, policy, sampler, len(tokenizer), display)
+    check_parity(config, policy, sampler, len(tokenizer), display)
 
     def held_out(title: str) -> measure.Measurement:
         with display.eval_progress(len(dataset.heldout), title=title) as bar:
@@ -176,6 +176,9 @@ def _work(
         fresh_adapter=config.model.lora is not None and begin.adapter is None,
         tokens=opened.record.tokens,
     )
+    if pairs.wanted(config, job.train):
+        parent = next((p["name"] for p in opened.record.parents if p["role"] == "model.from"), None)
+        job.train = pairs.for_job(job, sampler, {"run": parent, **opened.record.base}, display)
     outcome = _train(config, opened, job, display)
     _note_rewards(functions, display)
     if outcome.failure:
@@ -193,7 +196,8 @@ def _work(
     _finish(config, opened, dataset, before, after, policy, tokenizer, sampler, where, display)
 
 
-def _check_parity(config: Config, policy: Any, sampler: Any, vocabulary: int, display: Display) -> None:
+def check_parity(config: Config, policy: Any, sampler: Any, vocabulary: int, display: Display) -> None:
+    """Compare the sampler's logprobs with the trainer's and say so; nothing where torch samples."""
     if config.rollout.engine != "mlx":
         return
     parity = sampler.check(policy, vocabulary)
@@ -247,7 +251,7 @@ def _finish(
     display: Display,
 ) -> None:
     """Save weights, tokenizer, held-out rows and record; move them to models/final whole; show the result."""
-    from rl import device
+    from rl import device, pairs
     from rl.hf_folder import top_level_rope
 
     result = report.result(config.eval.metric, before.scores, after.scores)
@@ -256,7 +260,9 @@ def _finish(
     opened.record.rollout = _rollout_record(config, rows, sampler)
     opened.record.peak_memory_bytes = device.memory_bytes(where)
     stage = run.staging(opened)
-    policy.save_pretrained(stage, safe_serialization=True)
+    # of adapters only the trained one: TRL keeps the start's values in a second, "ref"
+    only = {"selected_adapters": ["default"]} if config.model.lora is not None else {}
+    policy.save_pretrained(stage, safe_serialization=True, **only)
     tokenizer.save_pretrained(stage)
     if (stage / "config.json").exists():  # mlx-lm reads RoPE's settings at the top level only
         files.write_json(stage / "config.json", top_level_rope(json.loads((stage / "config.json").read_text())))
@@ -265,6 +271,8 @@ def _finish(
 
         write_adapter(policy, stage / "mlx")
     _jsonl(stage / "heldout.jsonl", dataset.heldout)
+    if (opened.folder / pairs.FILE).exists():  # what a run has sampled to train on is part of its result
+        files.write_bytes(stage / pairs.FILE, (opened.folder / pairs.FILE).read_bytes())
     samples = [
         {"id": row["id"], "answer": row["answer"], "before": b, "after": a, "right": [s.strict, t.strict]}
         for row, b, a, s, t in zip(

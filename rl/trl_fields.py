@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from rl.algorithms import RECIPES
 from rl.config_read import Source, Where, check_json, check_value, nearest
 from rl.errors import UserError
 
@@ -21,13 +22,21 @@ from rl.errors import UserError
 SOURCES = {
     "SFTConfig": ("trl", "trainer/sft_config.py"),
     "GRPOConfig": ("trl", "trainer/grpo_config.py"),
+    "RLOOConfig": ("trl", "trainer/rloo_config.py"),
     "DPOConfig": ("trl", "trainer/dpo_config.py"),
     "KTOConfig": ("trl", "trainer/kto_config.py"),
     "_BaseConfig": ("trl", "trainer/base_config.py"),
     "TrainingArguments": ("transformers", "training_args.py"),
 }
 ENUMS = (("transformers", "trainer_utils.py"), ("transformers", "training_args.py"), ("transformers", "debug_utils.py"))
-CLASSES = {"sft": "SFTConfig", "grpo": "GRPOConfig", "dpo": "DPOConfig", "kto": "KTOConfig"}
+CLASSES = {
+    "sft": "SFTConfig",
+    "grpo": "GRPOConfig",
+    **dict.fromkeys(RECIPES, "GRPOConfig"),
+    "rloo": "RLOOConfig",
+    "dpo": "DPOConfig",
+    "kto": "KTOConfig",
+}
 
 # values TRL checks only in the middle of training; a test compares them with its sources
 VALUES: dict[tuple[str, str], tuple[str, ...]] = {
@@ -144,6 +153,8 @@ def arguments(algorithm: str) -> dict[str, Argument]:
 
     Raises UserError when trl or transformers is not installed.
     """
+    if algorithm in RECIPES:
+        return arguments("grpo")
     enums = _enums()
     found: dict[str, Argument] = {}
     for name in reversed(_lineage(CLASSES[algorithm])):
@@ -184,9 +195,10 @@ def check(algorithm: str, args: dict[str, Any], source: Source) -> None:
         wanted = argument.type | ALSO[algorithm, name] if (algorithm, name) in ALSO else argument.type
         check_value(wanted, found, source, where)
         check_json(found, source, where)
-        if (algorithm, name) in VALUES:
+        owner = "grpo" if algorithm in RECIPES else algorithm
+        if (owner, name) in VALUES:
             for item in found if isinstance(found, list) else [found]:
-                check_value(Literal[VALUES[algorithm, name]], item, source, where)
+                check_value(Literal[VALUES[owner, name]], item, source, where)
         if name in LEAST and found < LEAST[name]:
             raise source.error(where, f"found {found}, valid: ≥ {LEAST[name]:g}")
 
@@ -293,6 +305,8 @@ def _type(node: ast.expr, enums: dict[str, tuple[str, ...]]) -> Any:
         if node.value.id == "Literal":
             return Literal[tuple(_literal(item, {}) for item in inside)]
         parts = [_type(item, enums) for item in inside]
+        if node.value.id == "tuple":  # TOML has lists only
+            return list[parts[0]] if len(set(parts)) == 1 else None
         return {"list": list, "dict": dict}[node.value.id][tuple(parts)] if None not in parts else None
     if isinstance(node, ast.BinOp):
         parts = [_type(part, enums) for part in _union(node)]

@@ -81,6 +81,16 @@ CASES = {
         "max_steps = 16\nsave_steps = 4\nsteps_per_generation = 2\nnum_iterations = 2\ngradient_accumulation_steps = 1",
         8,
     ),
+    "rloo": (
+        GRPO.replace('"grpo"', '"rloo"'),
+        "max_steps = 8\nsave_steps = 2\nsteps_per_generation = 1",
+        4,
+    ),
+    "dapo": (
+        GRPO.replace('"grpo"', '"dapo"'),
+        "max_steps = 8\nsave_steps = 2\nsteps_per_generation = 1",
+        4,
+    ),
     "sft": (SFT, "max_steps = 8\nsave_steps = 2", 5),
 }
 

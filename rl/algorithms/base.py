@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from transformers import PrinterCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from rl.algorithms import defaults
 from rl.algorithms.guard import Guard
 from rl.checkpoints import disk_guard
 from rl.config import Config
@@ -60,7 +61,7 @@ class Outcome:
 
 
 def arguments(job: Job, known: set[str]) -> dict[str, Any]:
-    """TRL's arguments: per-device defaults, then ours that make runs recordable, then the config's own."""
+    """TRL's arguments: per-device defaults, ours that make runs recordable, the recipe's, then the config's own."""
     args = {k: v for k, v in trainer_defaults(job.device).items() if k in known}
     args |= {
         "output_dir": str(job.folder),
@@ -72,7 +73,7 @@ def arguments(job: Job, known: set[str]) -> dict[str, Any]:
         "logging_nan_inf_filter": False,  # the filter hides a NaN loss behind the mean of the others
         "save_total_limit": None,  # the run keeps and removes checkpoints itself: only whole ones count
     }
-    args |= job.config.trainer.args
+    args |= defaults(job.config.trainer.algorithm) | job.config.trainer.args
     return args
 
 

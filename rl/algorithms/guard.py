@@ -80,6 +80,8 @@ class Guard(TrainerCallback):
 
     def watch_collapse(self, metrics: dict[str, float], completions_alike: bool, control: TrainerControl) -> None:
         """Count steps at which the policy says one thing, earns nothing and has no entropy left to change."""
+        if "reward" not in metrics:
+            return  # a step that reuses a rollout says nothing new
         dead = (
             completions_alike
             and abs(metrics.get("reward", 1.0)) < 1e-9

@@ -1,4 +1,4 @@
-"""What the trainers that sample (GRPO's family and RLOO) share over TRL's: the MLX sampler, the order of prompts, timing
+"""What the trainers that sample (GRPO's family, RLOO) share over TRL's: the MLX sampler, the order of prompts, timing
 and a forward without repeated work.
 
 Leans on trl 1.16.0, where `GRPOTrainer` and `RLOOTrainer` have these methods with the same meaning.
@@ -80,7 +80,7 @@ class Online:
 
     def _generate_and_score_completions(self, inputs: Any) -> Any:
         self.last = None
-        output = super()._generate_and_score_completions(inputs)
+        output = self._score(inputs)
         if not self.model.training:
             return output
         if self.beta == 0.0:
@@ -88,6 +88,10 @@ class Online:
         if "importance_sampling_ratio" in output:
             self._measure_ratio(output)
         return output
+
+    def _score(self, inputs: Any) -> dict[str, Any]:
+        """TRL's generation batch, which a trainer may complete before anything is measured on it."""
+        return super()._generate_and_score_completions(inputs)
 
     def _measure_ratio(self, batch: dict[str, Any]) -> None:
         """Effective sample size of the tokens' untruncated weights, (sum w)^2 / (n sum w^2): 1 when on-policy."""
@@ -159,8 +163,9 @@ class Online:
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         prefix = shared_prefix(input_ids, attention_mask, columns)
         if prefix < SHORTEST_PREFIX or self.args.gradient_checkpointing:
+            # TRL gives the head of a reference model of its own no entropy
             logps, entropies, _ = super()._get_per_token_logps_and_entropies(
-                model, input_ids, attention_mask, columns, batch_size, compute_entropy=True
+                model, input_ids, attention_mask, columns, batch_size, compute_entropy=model is not self.ref_model
             )
             return logps, entropies
         size = batch_size or len(input_ids)

@@ -34,6 +34,7 @@ class MLXGeneration:
         self.sampler, self.policy, self.sampling = sampler, policy, sampling
         self.max_tokens, self.seed, self.step = max_tokens, seed, step
         self.broken: str | None = None  # what was not finite in the last rollout; read and cleared by the guard
+        self.logprobs: list[list[float]] = []  # of the last rollout: RLOO's trainer asks for none
 
     def sync_weights(self) -> None:
         """Copy the trainer's weights into the sampler."""
@@ -53,6 +54,7 @@ class MLXGeneration:
         bad = sum(not c.finite for c in completions)
         if bad:
             self.broken = f"logits of the sampler in {bad} of {len(completions)} completions"
+        self.logprobs = [c.logprobs for c in completions]
         return None, [c.tokens for c in completions], [[[p] for p in c.logprobs] for c in completions], None
 
 

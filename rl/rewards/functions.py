@@ -168,6 +168,18 @@ def _length(options: Mapping[str, Any], _: str) -> BatchReward:
     return length
 
 
+def _overlong(options: Mapping[str, Any], where: str) -> BatchReward:
+    """Soft overlong punishment (DAPO, Yu et al. 2025, arXiv 2503.14476, eq. 13), in tokens with EOS."""
+    limit, cache = options["limit"], options["cache"]
+    if cache > limit:
+        raise UserError(f"{where}: cache = {cache}, must be at most limit = {limit}")
+
+    def overlong(completion_ids: Sequence[Sequence[int]], **_: Any) -> list[float]:
+        return [-min(1.0, max(0.0, (len(ids) - (limit - cache)) / cache)) for ids in completion_ids]
+
+    return overlong
+
+
 def _each(score: SampleReward) -> BatchReward:
     """A batch reward from one of (completion, row)."""
 
@@ -215,12 +227,17 @@ _TOKENS = {
     "target": Option(lambda v: type(v) is int and v >= 0, "a number of tokens, 0 or more", required=True),
     "per_token": Option(lambda v: type(v) in (int, float) and 0 <= v < math.inf, "a number, 0 or more"),
 }
+_LIMIT = {
+    "limit": Option(lambda v: type(v) is int and v >= 1, "a number of tokens, 1 or more", required=True),
+    "cache": Option(lambda v: type(v) is int and v >= 1, "a number of tokens, 1 or more", required=True),
+}
 _NAMED = {
     "exact": Named(_exact, _ANSWER),
     "reasoning-gym": Named(_gym, _ANSWER),
     "format": Named(_format, _ANSWER),
     "regex": Named(_regex, _PATTERN),
     "length": Named(_length, _TOKENS),
+    "overlong": Named(_overlong, _LIMIT),
 }
 NAMES: tuple[str, ...] = tuple(_NAMED)
 

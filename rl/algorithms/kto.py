@@ -1,0 +1,58 @@
+"""KTO: Kahneman-Tversky Optimization (Ethayarajh et al. 2024, arXiv 2402.01306), through TRL's KTOTrainer.
+
+Each completion counts by itself, good or bad: with r = log(pi(y|x) / pi_ref(y|x)) and z the KL of the policy to its
+start, equation 7 gives the loss weight * (1 - sigmoid(beta * (r - z))) for a good one and
+weight * (1 - sigmoid(beta * (z - r))) for a bad one. "apo_zero_unpaired" (D'Oosterlinck et al. 2024, 2408.06266)
+leaves z out.
+
+Departures from the paper:
+- the completions are the start policy's own, as many right as wrong ones (`rl.pairs`), unless the data has labels;
+- z is estimated on each prompt with its batch neighbour's completion, at least 0 (the paper's own estimate); TRL makes
+  these pairings once, so the rows are shuffled by the seed once and every epoch has the same batches.
+"""
+
+import random
+from dataclasses import fields
+from typing import Any
+
+import datasets
+from trl import KTOConfig, KTOTrainer
+
+from rl.algorithms.base import Job, Outcome, Recorder, arguments, run_trainer
+from rl.algorithms.dpo import preference_rows, reference
+from rl.algorithms.guard import Guard
+from rl.algorithms.learner import score_completions_only
+
+
+class DuetKTOTrainer(KTOTrainer):
+    """TRL's trainer, with the batch kept for the guard."""
+
+    def __init__(self, guard: Guard, **kwargs: Any):
+        super().__init__(**kwargs)
+        self.guard = guard
+
+    def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """Keep `inputs` so that the guard can find where a value stopped being finite."""
+        self.guard.batch = inputs
+        return super().compute_loss(model, inputs, *args, **kwargs)
+
+
+def train(job: Job) -> Outcome:
+    """Run KTO to the end of `job`; raises UserError when its rows are no labelled completions."""
+    rows = preference_rows(job, "kto")
+    # beside each other, the two rows of one question would lend each other their completion for the KL term
+    random.Random(job.config.run.seed).shuffle(rows)
+    settings = KTOConfig(**arguments(job, {f.name for f in fields(KTOConfig)}))
+    score_completions_only()
+    guard = Guard(job.hooks.warn)
+    recorder = Recorder(job, guard, period=1)
+    trainer = DuetKTOTrainer(
+        guard,
+        model=job.model,
+        ref_model=reference(job, settings),
+        args=settings,
+        train_dataset=datasets.Dataset.from_list(rows),
+        processing_class=job.tokenizer,
+        callbacks=[guard, recorder],
+    )
+    return run_trainer(job, trainer, guard, recorder)

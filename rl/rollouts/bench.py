@@ -1,0 +1,165 @@
+"""The contestants of `nox -s bench`: this engine, mlx-lm's BatchGenerator and transformers' generate, on equal work.
+
+Each takes the same prompts and returns completions of given lengths. Every new token is drawn from the whole
+vocabulary at temperature 1 (or greedily, for the checks); lengths are forced, not hoped for:
+- the engine stops at tokens of a set that the caller chose, or at `max_tokens`;
+- the other two are given the lengths that came out, one limit a row, by their own means.
+"""
+
+import io
+import re
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import torch
+from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
+
+from rl.errors import RunFailed
+from rl.rollouts.cache import Cache
+from rl.rollouts.engine import Engine, head
+from rl.rollouts.result import Completion, Sampling
+
+# graph nodes that only describe an array anew; all others are work for the device
+VIEWS = {"Broadcast", "Transpose", "Flatten", "Unflatten", "ExpandDims", "Reshape", "Squeeze", "Slice", "StopGradient"}
+CHAIN = 1000
+
+
+def engine(
+    model: Any,
+    prompts: Sequence[Sequence[int]],
+    max_tokens: int,
+    *,
+    ending: Sequence[int],
+    temperature: float = 1.0,
+    seed: int = 0,
+) -> list[Completion]:
+    """This project's engine; a completion ends with the first token in `ending` or after `max_tokens`.
+
+    Raises RunFailed when logits were not finite: such a row ends early and would count as fast.
+    """
+    ours = Engine(model, ending, max_batch=max(256, len(prompts)))
+    done = ours.generate(prompts, Sampling(temperature=temperature), max_tokens=max_tokens, seed=seed)
+    if not all(c.finite for c in done):
+        raise RunFailed("bench: logits of the engine are not finite")
+    return done
+
+
+def batch_generator(
+    model: Any,
+    prompts: Sequence[Sequence[int]],
+    limits: Sequence[int],
+    *,
+    temperature: float = 1.0,
+    seed: int = 0,
+    logprobs: bool = False,
+) -> list[Completion]:
+    """mlx-lm's BatchGenerator, `limits[i]` tokens for row i; logprobs (untempered) only on request, since they cost it.
+
+    All rows fit its batches (its defaults would cut them in waves), and the bound on MLX's buffer cache that this
+    project sets is lifted while it runs.
+    """
+    from mlx_lm.generate import BatchGenerator
+    from mlx_lm.sample_utils import make_sampler
+
+    bound = mx.set_cache_limit(1 << 62)
+    try:
+        mx.random.seed(seed)
+        generator = BatchGenerator(
+            model,
+            sampler=make_sampler(temp=temperature),
+            completion_batch_size=len(prompts),
+            prefill_batch_size=len(prompts),
+        )
+        rows = {uid: i for i, uid in enumerate(generator.insert([list(p) for p in prompts], list(limits)))}
+        tokens: list[list[int]] = [[] for _ in prompts]
+        chosen: list[list[float]] = [[] for _ in prompts]
+        while responses := generator.next_generated():
+            for response in responses:
+                tokens[rows[response.uid]].append(response.token)
+                if logprobs:
+                    chosen[rows[response.uid]].append(response.logprobs[response.token].item())
+        generator.close()
+    finally:
+        mx.set_cache_limit(bound)
+    return [Completion(t, p) for t, p in zip(tokens, chosen, strict=True)]
+
+
+class _Limits(StoppingCriteria):
+    """Ends row i after `limits[i]` new tokens, as transformers' own EOS criterion would end it there."""
+
+    eos_token_id = None  # its presence makes generate pad the rows that are done
+
+    def __init__(self, limits: torch.Tensor, prompt: int):
+        self.limits, self.prompt = limits, prompt
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
+        return input_ids.shape[1] - self.prompt >= self.limits
+
+
+@torch.no_grad()
+def hf_generate(
+    policy: Any, prompts: Sequence[Sequence[int]], limits: Sequence[int], *, temperature: float = 1.0, seed: int = 0
+) -> list[list[int]]:
+    """transformers' generate, `limits[i]` tokens for row i, set up as TRL sets it up; tokens only, as TRL asks for.
+
+    Raises ValueError for prompts of different lengths.
+    """
+    width = len(prompts[0])
+    if any(len(p) != width for p in prompts):
+        raise ValueError("prompts of one length only: padding would be extra work for one contestant")
+    device = next(policy.parameters()).device
+    ids = torch.tensor([list(p) for p in prompts], device=device)
+    drawn = {"do_sample": False} if temperature == 0.0 else {"do_sample": True, "temperature": temperature}
+    config = GenerationConfig(
+        max_new_tokens=max(limits), top_k=0, top_p=1.0, pad_token_id=0, disable_compile=True, **drawn
+    )
+    kept = policy.generation_config
+    # generate fills what is not set from here, and an EOS there would end rows early
+    policy.generation_config = GenerationConfig()
+    try:
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            out = policy.generate(
+                input_ids=ids,
+                attention_mask=torch.ones_like(ids),
+                generation_config=config,
+                stopping_criteria=StoppingCriteriaList([_Limits(torch.tensor(limits, device=device), width)]),
+            )
+    finally:
+        policy.generation_config = kept
+    rows = out[:, width:].tolist()
+    if len(rows[0]) != max(limits):
+        raise ValueError(f"generate gave {len(rows[0])} columns, not {max(limits)}")
+    return [row[:limit] for row, limit in zip(rows, limits, strict=True)]
+
+
+def launches(model: Any, rows: int) -> int:
+    """Operations of one decode step of `rows` rows in MLX's graph, views not counted; sampling not included."""
+    cache = Cache(len(model.layers), rows, 8)
+    one, token = mx.ones((rows, 1), mx.bool_), mx.zeros((rows, 1), mx.int32)
+    for _ in range(2):
+        logits = head(model, cache.forward(model.model, token, one))
+        graph = io.StringIO()
+        mx.export_to_dot(graph, logits)
+        columns = cache.columns
+        layers = [(layer.keys, layer.values) for layer in cache.layers]
+        mx.eval(logits, layers, columns.valid_B_S, columns.position_B_S, columns.offset_B)
+    names = re.findall(r'\[label ?= ?"(\w+)", shape=rectangle\]', graph.getvalue())
+    return sum(name not in VIEWS for name in names)
+
+
+def launch_seconds() -> float:
+    """Seconds for one operation on one number, each waiting for the one before: the least of 5 chains of 1,000."""
+    best = np.inf
+    for _ in range(5):
+        x = mx.zeros((1,))
+        mx.eval(x)
+        started = time.perf_counter()
+        for _ in range(CHAIN):
+            x = x + 1
+        mx.eval(x)
+        best = min(best, time.perf_counter() - started)
+    return float(best) / CHAIN
