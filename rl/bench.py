@@ -19,7 +19,7 @@ from rl import bench_table as tables
 from rl import config as configs
 from rl import device as devices
 from rl import files, record
-from rl.bench_models import Subject, subject
+from rl.bench_models import Subject, sizes_of, subject
 from rl.bench_table import BATCH, ENGINE, HF, Contest, Report, Sizes, Steps, Sync, Work
 from rl.errors import RunFailed
 
@@ -270,17 +270,6 @@ def contest(
             found.longest.append(max(limits))
             found.floors.append(tables.floor(sizes, machine, work.prompts, work.prompt_tokens, limits))
     return found
-
-
-def sizes_of(policy: Any) -> Sizes:
-    """Of a Llama-like torch model: weights in its layers' products and its head, bytes of one cached token."""
-    import torch
-
-    config, itemsize = policy.config, next(policy.parameters()).element_size()
-    linear = {n: m.weight.numel() for n, m in policy.named_modules() if isinstance(m, torch.nn.Linear)}
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    cached = 2 * config.num_hidden_layers * config.num_key_value_heads * width * itemsize
-    return Sizes(sum(n for name, n in linear.items() if name != "lm_head"), linear["lm_head"], cached, itemsize)
 
 
 def measure_machine(setting: Setting, model: Any) -> tables.Machine:

@@ -1,4 +1,4 @@
-"""The models of `nox -s bench`, and prompts of an exact number of tokens for them."""
+"""The models of `nox -s bench`, their sizes, and prompts of an exact number of tokens for them."""
 
 import json
 import re
@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rl import config as configs
+from rl.bench_table import Sizes
 from rl.errors import RunFailed
 
 if TYPE_CHECKING:
@@ -96,3 +97,14 @@ def prompt_texts(tokenizer: Any, count: int, length: int) -> list[str]:
     if lengths != {length} or len(set(texts)) < count:
         raise RunFailed(f"bench: prompts should have {length} tokens and have {sorted(lengths)}")
     return texts
+
+
+def sizes_of(policy: Any) -> Sizes:
+    """Of a Llama-like torch model: weights in its layers' products and its head, bytes of one cached token."""
+    import torch
+
+    config, itemsize = policy.config, next(policy.parameters()).element_size()
+    linear = {n: m.weight.numel() for n, m in policy.named_modules() if isinstance(m, torch.nn.Linear)}
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    cached = 2 * config.num_hidden_layers * config.num_key_value_heads * width * itemsize
+    return Sizes(sum(n for name, n in linear.items() if name != "lm_head"), linear["lm_head"], cached, itemsize)

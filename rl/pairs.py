@@ -55,6 +55,7 @@ class Drawn:
 @dataclass(frozen=True)
 class _Candidate:
     text: str
+    tokens: list[int]
     right: bool
     ended: bool
 
@@ -71,8 +72,9 @@ def sample(
     """Preference rows of `questions` (rows with prompt and answer), in their order; the same for the same seed.
 
     `sampler` holds the start policy, `origin` names it in each row's `provenance`. Right means right by [eval] metric.
-    Of a question's right (wrong) completions one that ended by itself is preferred, since TRL closes every text with
-    EOS. Raises RunFailed where logits were not finite or no question has both kinds.
+    Of a question's right (wrong) completions one that ended by itself is preferred: a file keeps the texts alone, and
+    TRL closes each of those with EOS. The rows also hold the very tokens (`rl.data.preferences.IDS`).
+    Raises RunFailed where logits were not finite or no question has both kinds.
     """
     rollout, seed = config.rollout, config.run.seed
     sampling = Sampling(rollout.temperature, rollout.top_p, rollout.top_k, rollout.min_p)
@@ -94,8 +96,8 @@ def sample(
             for completion in completions[i * k : (i + 1) * k]:
                 text = tokenizer.decode(completion.tokens, skip_special_tokens=True)
                 right = getattr(grade(text, row), config.eval.metric)
-                candidates.append(_Candidate(text, right, completion.tokens[-1] in stop_ids))
-            _keep(drawn, row, candidates, config.trainer.algorithm, provenance)
+                candidates.append(_Candidate(text, completion.tokens, right, completion.tokens[-1] in stop_ids))
+            _keep(drawn, row, prompts[i * k], candidates, config.trainer.algorithm, provenance)
         advance(len(part))
     if not drawn.rows:
         raise RunFailed(
@@ -106,7 +108,12 @@ def sample(
 
 
 def _keep(
-    drawn: Drawn, row: Row, candidates: Sequence[_Candidate], algorithm: str, provenance: Mapping[str, Any]
+    drawn: Drawn,
+    row: Row,
+    prompt: list[int],
+    candidates: Sequence[_Candidate],
+    algorithm: str,
+    provenance: Mapping[str, Any],
 ) -> None:
     """Add the rows of one question to `drawn`, if its candidates are of both kinds."""
     right = [c for c in candidates if c.right]
@@ -122,14 +129,15 @@ def _keep(
     drawn.mixed += 1
     drawn.cut += (not good.ended) + (not bad.ended)
     same = {"prompt": row["prompt"], "answer": row["answer"], "task": row["task"]}
-    same |= {"provenance": {**provenance, "right": len(right)}}
+    same |= {"provenance": {**provenance, "right": len(right)}, "prompt_ids": prompt}
     if algorithm == "kto":
         rows = [
-            {"id": f"{row['id']}/{name}", **same, "completion": c.text, "label": c.right}
+            {"id": f"{row['id']}/{name}", **same, "completion": c.text, "label": c.right, "completion_ids": c.tokens}
             for name, c in (("right", good), ("wrong", bad))
         ]
     else:
-        rows = [{"id": row["id"], **same, "chosen": good.text, "rejected": bad.text}]
+        ids = {"chosen_ids": good.tokens, "rejected_ids": bad.tokens}
+        rows = [{"id": row["id"], **same, "chosen": good.text, "rejected": bad.text, **ids}]
     drawn.rows += [preferences.spoken(made) for made in rows]
 
 
@@ -165,7 +173,7 @@ def for_job(job: "Job", sampler: Any, origin: Mapping[str, Any], display: "Displ
 
 
 def write(path: Path, rows: Sequence[Row]) -> None:
-    """Write `rows` as jsonl, which source "jsonl" reads back as the same rows."""
+    """Write `rows` as jsonl, which source "jsonl" reads back as the same rows (but for their token ids)."""
     files.write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
@@ -214,6 +222,6 @@ def main(path: Path, overrides: Sequence[str], out: Path) -> int:
             lambda more: bar.update(bar.step + more),
         )
     display.note(drawn.told())
-    write(out, drawn.rows)
+    write(out, [preferences.portable(row) for row in drawn.rows])
     display.note(f"{len(drawn.rows)} rows written to {out}")
     return 0

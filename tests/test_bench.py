@@ -234,7 +234,7 @@ def test_sizes_are_the_models(sides: tuple[Any, Any]) -> None:
     """Width 32, 2 layers of 4 heads, feed-forward 64, 17 tokens: 2 (4·32² + 3·32·64), 17·32, 2·2·32 floats a token."""
     policy, model = sides
     vocabulary = policy.config.vocab_size
-    assert bench.sizes_of(policy) == bench_table.Sizes(20480, vocabulary * 32, 2 * 2 * 32 * 4, 4)
+    assert bench_models.sizes_of(policy) == bench_table.Sizes(20480, vocabulary * 32, 2 * 2 * 32 * 4, 4)
     one = contestants.launches(model, 2)
     assert 2 * 7 + 1 < one < 400  # at least the seven products of each layer and the head
     assert contestants.launches(model, 16) == one

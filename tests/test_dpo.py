@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from preference_helper import LABELLED, PAIRS, disturb, logp, make_config, make_job, plain
 from safetensors.numpy import load_file
 
@@ -160,6 +159,34 @@ def test_kto_rows_of_one_question_are_no_neighbours_by_file_order(
     assert orders[0] != [row["prompt"] for row in LABELLED]
 
 
+def test_sampled_rows_keep_their_tokens(
+    tiny_base: models.Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Trap: decoded and tokenised again, a completion cut by length gets an EOS that the policy never said."""
+    said, cut = [5, 6, 1], [7, 8, 9]
+    rows = [
+        {"id": i, "prompt": "1+2=", "chosen": "x", "rejected": "y"}
+        | {"prompt_ids": [3, 4], "chosen_ids": said, "rejected_ids": cut}
+        for i in "ab"
+    ]
+    job = make_job(tiny_base, make_config(tmp_path / "x.toml", "dpo"), rows, tmp_path)
+    batch = (trainer := built(monkeypatch, dpo, job)).data_collator(list(trainer.train_dataset))
+    assert batch["input_ids"].tolist() == [[3, 4, *said]] * 2 + [[3, 4, *cut]] * 2
+    assert batch["completion_mask"].tolist() == [[0, 0, 1, 1, 1]] * 4
+
+    labelled = [{"id": str(n), "prompt_ids": [n], "completion_ids": [n, n + 1], "label": n < 5} for n in range(3, 7)]
+    labelled = [row | {"prompt": "x", "completion": "y"} for row in labelled]
+    for kind in ("kto", "apo_zero_unpaired"):
+        settings = make_config(
+            tmp_path / "x.toml", "kto", trainer={"loss_type": kind, "per_device_train_batch_size": 2}
+        )
+        made = list(built(monkeypatch, kto, make_job(tiny_base, settings, labelled, tmp_path)).train_dataset)
+        assert sorted(row["completion_ids"][0] for row in made) == [3, 4, 5, 6]
+        assert all(row["completion_ids"] == [row["prompt_ids"][0], row["prompt_ids"][0] + 1] for row in made)
+        if kind == "kto":  # within a batch of two, each gets the other's
+            assert [row["KL_completion_ids"] for row in made] == [made[i]["completion_ids"] for i in (1, 0, 3, 2)]
+
+
 @pytest.mark.parametrize(
     ("algorithm", "module", "rows", "missing"),
     [("dpo", dpo, LABELLED, "'chosen', 'rejected'"), ("kto", kto, PAIRS, "'completion', 'label'")],
@@ -233,7 +260,7 @@ def write(name: str, algorithm: str, lora: bool) -> Path:
     return path
 
 
-@pytest.mark.parametrize(("algorithm", "lora"), [("dpo", True), ("kto", False)])
+@pytest.mark.parametrize(("algorithm", "lora"), [("dpo", False), ("dpo", True), ("kto", False)])
 def test_a_run_samples_its_pairs_once_and_resumes_to_the_same_weights(
     algorithm: str, lora: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -118,7 +118,7 @@ def test_the_metric_decides_what_is_right() -> None:
 
 
 def test_a_completion_that_ended_is_preferred_to_one_cut_by_length() -> None:
-    """TRL closes every text with EOS: a cut one would teach to stop in mid-sentence. With nothing else it is counted."""
+    """TRL closes every text with EOS: a cut one would teach to stop in mid-word. With nothing else it is counted."""
     texts, rows = {"a": ["7", "8", "81…", "82…"]}, questions({"a": "7"})
     assert {drawn(texts, rows, seed=s).rows[0]["rejected"] for s in range(20)} == {"8"}
     out = drawn({"a": ["7", "81…"]}, rows)
@@ -170,7 +170,7 @@ def test_logits_that_are_not_finite_stop_the_sampling() -> None:
 
 
 def test_mlx_pairs_are_graded_and_the_same_for_the_same_seed(tiny_base: models.Base, tmp_path: Path) -> None:
-    """On random weights: the number that ends `chosen` is the sum, that of `rejected` never; another seed, other pairs."""
+    """On random weights: the number that ends `chosen` is the sum, that of `rejected` not; another seed, others."""
 
     def made(seed: int, algorithm: str = "dpo") -> list[Row]:
         settings = make_config(tmp_path / "x.toml", algorithm, seed=seed)
@@ -223,7 +223,8 @@ def test_preferences_in_a_file_are_trained_on_as_they_are(in_files: Callable, al
 
 def test_written_pairs_are_read_back_as_the_same_rows(in_files: Callable) -> None:
     rows = drawn({"a": ["1", "2\u2028", "é"]}, questions({"a": "1"})).rows
-    assert data.build(in_files("dpo", rows)).train == rows
+    assert rows[0]["chosen_ids"] == [ord("1"), 0]
+    assert data.build(in_files("dpo", rows)).train == [preferences.portable(row) for row in rows]
 
 
 def test_questions_are_left_for_the_run_to_sample(in_files: Callable) -> None:
@@ -268,7 +269,7 @@ def test_preferences_need_questions_to_be_measured_on(in_files: Callable) -> Non
 
 
 def test_other_algorithms_still_ask_for_answers(in_files: Callable) -> None:
-    with pytest.raises(UserError, match="no column 'answer', found: id, prompt, chosen, rejected$"):
+    with pytest.raises(UserError, match=r"no column 'answer', found: id, prompt, chosen, rejected$"):
         data.build(in_files("grpo", PAIRS))
 
 
@@ -309,7 +310,11 @@ KTO = DPO.replace('"dpo"', '"kto"')
         (DPO, "trainer.beta=0", "[trainer] beta: found 0, valid: > 0"),
         (DPO, "trainer.loss_type='exo_pair'", "label_smoothing: found 0.0 with loss_type 'exo_pair'"),
         (DPO, "trainer.sync_ref_model=true", "[trainer] sync_ref_model: refused: a reference that moves"),
-        (DPO, "trainer.desirable_weight=2.0", "desirable_weight: it is an argument of algorithm 'kto', this is 'dpo'"),
+        (
+            DPO,
+            "trainer.desirable_weight=2.0",
+            "unknown key 'desirable_weight', it is an argument of algorithm 'kto', this is 'dpo'",
+        ),
         (KTO, "trainer.per_device_train_batch_size=1", "found 1, valid for loss 'kto': ≥ 2"),
         (KTO, "trainer.train_sampling_strategy='random'", "found 'random', valid for loss 'kto': sequential"),
         (KTO, "trainer.loss_type='ipo'", "[trainer] loss_type: found 'ipo', valid: kto, apo_zero_unpaired"),

@@ -6,7 +6,7 @@ minimised: -log sigmoid(r(x, chosen) - r(x, rejected)). `[trainer] loss_type` ch
 
 Departures from the paper:
 - the pairs are the start policy's own completions, graded by its verifier (`rl.pairs`), unless the data has pairs;
-- completions are kept as text and tokenised again, and TRL closes each with EOS, also one that was cut by length;
+- completions of a file are tokenised by TRL, which closes each with EOS; sampled ones keep their very tokens;
 - "ipo" divides the log-ratios by the completion's length, as TRL does after asking its authors.
 """
 
@@ -25,11 +25,14 @@ from rl.errors import UserError
 
 
 class DuetDPOTrainer(DPOTrainer):
-    """TRL's trainer, with the batch kept for the guard."""
+    """TRL's trainer, with the batch kept for the guard and sampled tokens left as they are."""
 
     def __init__(self, guard: Guard, **kwargs: Any):
         super().__init__(**kwargs)
         self.guard = guard
+
+    def _prepare_dataset(self, dataset: datasets.Dataset, *args: Any, **kwargs: Any) -> datasets.Dataset:
+        return dataset if "chosen_ids" in dataset.column_names else super()._prepare_dataset(dataset, *args, **kwargs)
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """Keep `inputs` so that the guard can find where a value stopped being finite."""
@@ -59,6 +62,8 @@ def train(job: Job) -> Outcome:
 def preference_rows(job: Job, algorithm: str) -> list[dict[str, Any]]:
     """The columns that TRL needs of `job`'s rows; raises UserError naming those a row lacks."""
     columns = ("prompt", *preferences.COLUMNS[algorithm])
+    if "prompt_ids" in job.train[0]:  # sampled by this run
+        columns = (*preferences.IDS[algorithm], *(c for c in columns if c == "label"))
     for row in job.train:
         if missing := [f"'{column}'" for column in columns if column not in row]:
             raise UserError(

@@ -25,11 +25,24 @@ from rl.algorithms.learner import score_completions_only
 
 
 class DuetKTOTrainer(KTOTrainer):
-    """TRL's trainer, with the batch kept for the guard."""
+    """TRL's trainer, with the batch kept for the guard and sampled tokens left as they are."""
 
     def __init__(self, guard: Guard, **kwargs: Any):
         super().__init__(**kwargs)
         self.guard = guard
+
+    def _prepare_dataset(
+        self, dataset: datasets.Dataset, processing_class: Any, args: KTOConfig, dataset_name: str
+    ) -> datasets.Dataset:
+        if "completion_ids" not in dataset.column_names:
+            return super()._prepare_dataset(dataset, processing_class, args, dataset_name)
+        if not self.calculate_KL:
+            return dataset
+
+        def neighbours(rows: dict[str, list]) -> dict[str, list]:
+            return {"KL_completion_ids": rows["completion_ids"][-1:] + rows["completion_ids"][:-1]}
+
+        return dataset.map(neighbours, batched=True, batch_size=args.per_device_train_batch_size)
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """Keep `inputs` so that the guard can find where a value stopped being finite."""

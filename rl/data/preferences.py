@@ -13,6 +13,11 @@ from rl.errors import UserError
 Row = dict[str, Any]
 
 COLUMNS: dict[str, tuple[str, ...]] = {"dpo": ("chosen", "rejected"), "kto": ("completion", "label")}
+# what a run adds to rows it has sampled itself: the very tokens, which texts do not always give back
+IDS: dict[str, tuple[str, ...]] = {
+    "dpo": ("prompt_ids", "chosen_ids", "rejected_ids"),
+    "kto": ("prompt_ids", "completion_ids"),
+}
 # the columns that tell a preference row from a question, which may have a (gold) completion too
 _MARKS = {"dpo": ("chosen", "rejected"), "kto": ("label",)}
 _ANSWERS = ("completion", "chosen", "rejected")  # columns that hold something the assistant says
@@ -43,6 +48,11 @@ def ready(rows: Sequence[Row], algorithm: str, where: str) -> bool:
             "(in every row) or questions with an answer, to which it samples completions itself"
         )
     return not without
+
+
+def portable(row: Mapping[str, Any]) -> Row:
+    """`row` without token ids, which mean something else to another tokenizer."""
+    return {k: v for k, v in row.items() if not any(k in ids for ids in IDS.values())}
 
 
 def check(row: Row, needed: Sequence[str], where: str) -> None:

@@ -129,7 +129,7 @@ def _row(record: Any, data: "Data", where: str, algorithm: str | None = None) ->
     prompt = record["prompt"]
     if not (isinstance(prompt, str) and prompt) and not _is_chat(prompt):
         raise UserError(f"{where}: 'prompt' must be a text or a list of {{role, content}}, found {prompt!r:.60}")
-    own = record | ({"answer": _answer(record["answer"], where)} if "answer" in needed else {})
+    own = preferences.portable(record) | ({"answer": _answer(record["answer"], where)} if "answer" in needed else {})
     if data.form == "chat":
         prompt = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
         if data.system and prompt[0]["role"] != "system":
