@@ -59,11 +59,13 @@ def train_run(
     resume: bool = False,
     restart: bool = False,
     many: bool = False,
+    remake: bool = False,
 ) -> str:
     """Train one config with one seed, and first the runs it builds on; returns the run's name.
 
     A run that is finished with the same inputs is reused, one that is unfinished or differs raises UserError
     (`resume` continues, `restart` replaces). With `many`, unfinished runs of a list of seeds are simply continued.
+    With `remake` (a run that another builds on), one made from other inputs is made again.
     """
     config = configs.load(path, overrides)
     seeded = any(o.partition("=")[0].strip() == "run.seed" for o in overrides)
@@ -97,6 +99,9 @@ def train_run(
         parents=[{"role": role, "name": p.name, "inputs_sha256": p.inputs_sha256} for role, p in built.items()],
         command=command,
     )
+    if remake and (changed := _outdated(name, fresh)):
+        display.note(f"{name} was made from other inputs ({'; '.join(changed[:3])}): it is made again")
+        resume, restart = False, True
     unfinished = bool(run.last_checkpoint(run.folders(ROOT, name)[0])) if many else False
     opened = run.start(ROOT, fresh, resume=resume or (many and not restart and unfinished), restart=restart)
     if opened.state == "finished":
@@ -114,9 +119,15 @@ def parents(config: Config, display: Display, resume: bool) -> dict[str, record.
         other = configs.load(path)
         final = run.folders(ROOT, other.run.name)[1]
         unfinished = run.last_checkpoint(run.folders(ROOT, other.run.name)[0]) is not None
-        train_run(path, [], display, f"nox -s train -- {path}", resume=resume or unfinished)
+        train_run(path, [], display, f"nox -s train -- {path}", resume=resume or unfinished, remake=True)
         found[role] = record.read(final)
     return found
+
+
+def _outdated(name: str, fresh: record.Record) -> list[str]:
+    """What differs between the run's inputs now and those it was made from, finished or not; nothing when it is new."""
+    made = [record.read(folder) for folder in run.folders(ROOT, name) if (folder / "run.json").exists()]
+    return next((changed for old in made if (changed := record.differences(old, fresh))), [])
 
 
 def check_prompts(config: Config, dataset: Any, tokenizer: Any, begin: Any) -> None:

@@ -231,6 +231,29 @@ def test_a_config_builds_on_another_and_seeds_make_one_table(capsys: pytest.Capt
     assert capsys.readouterr().out.count("first: data and base model") == 1 + 1  # trained once, then found finished
 
 
+def test_a_parent_made_from_other_inputs_is_made_again(capsys: pytest.CaptureFixture) -> None:
+    """The contract's "made first if missing or made from different inputs"; its child then has other inputs too."""
+    from rl.errors import UserError
+
+    first = write("first", SFT, "max_steps = 2\nsave_steps = 2")
+    text = GRPO.format(name="second", trainer="max_steps = 1\nsave_steps = 1\nsteps_per_generation = 1")
+    tiny = text[text.index('base = "tiny"') : text.index("[data]")]
+    Path("second.toml").write_text(text.replace(tiny, 'from = "first.toml"\n'))
+    assert train.main(Path("second.toml")) == 0
+    before = final_weights("first")
+    first.write_text(first.read_text().replace("learning_rate = 5e-3", "learning_rate = 1e-3"))
+    with pytest.raises(UserError, match=r"second: finished with other inputs"):
+        train.main(Path("second.toml"))
+    assert "first was made from other inputs (trainer.learning_rate: 0.005 → 0.001): it is made again" in (
+        capsys.readouterr().out
+    )
+    assert any(not np.array_equal(before[n], w) for n, w in final_weights("first").items())
+    assert train.main(Path("second.toml"), restart=True) == 0
+    child = json.loads(Path("models/final/second/run.json").read_text())
+    parent = json.loads(Path("models/final/first/run.json").read_text())
+    assert child["parents"][0]["inputs_sha256"] == parent["inputs_sha256"]
+
+
 LORA = "[model.lora]\nrank = 4\nalpha = 8.0\n"
 
 
