@@ -38,8 +38,8 @@ PRE_TOKENIZERS = ("gpt-2", "smollm")  # the ones whose splits are tested
 CONTROL, USER_DEFINED = 3, 4  # GGUF token types kept whole in text
 
 
-def unpermute(rows: "np.ndarray", heads: int) -> "np.ndarray":
-    """Undo llama.cpp's reordering of the rows of q_proj and k_proj.
+def unpermute[Rows](rows: Rows, heads: int) -> Rows:
+    """Undo llama.cpp's reordering of the rows of q_proj and k_proj, in numpy or in mlx.
 
     Shapes: [heads × head_dim, n] in and out. The file interleaves the two halves of each head's rotary pairs (row
     2j + s of a head holds row s × head_dim/2 + j); transformers and mlx-lm rotate halves.

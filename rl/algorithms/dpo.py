@@ -18,26 +18,17 @@ import datasets
 from trl import DPOConfig, DPOTrainer
 
 from rl.algorithms.base import Job, Outcome, Recorder, arguments, run_trainer
-from rl.algorithms.guard import Guard
+from rl.algorithms.guard import Guard, Watched
 from rl.algorithms.learner import score_completions_only
 from rl.data import preferences
 from rl.errors import UserError
 
 
-class DuetDPOTrainer(DPOTrainer):
+class DuetDPOTrainer(Watched, DPOTrainer):
     """TRL's trainer, with the batch kept for the guard and sampled tokens left as they are."""
-
-    def __init__(self, guard: Guard, **kwargs: Any):
-        super().__init__(**kwargs)
-        self.guard = guard
 
     def _prepare_dataset(self, dataset: datasets.Dataset, *args: Any, **kwargs: Any) -> datasets.Dataset:
         return dataset if "chosen_ids" in dataset.column_names else super()._prepare_dataset(dataset, *args, **kwargs)
-
-    def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        """Keep `inputs` so that the guard can find where a value stopped being finite."""
-        self.guard.batch = inputs
-        return super().compute_loss(model, inputs, *args, **kwargs)
 
 
 def train(job: Job) -> Outcome:

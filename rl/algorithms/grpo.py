@@ -11,24 +11,15 @@ Departures from the paper, all TRL's or the field's defaults and all settable un
 """
 
 from dataclasses import fields
-from typing import Any
 
 from trl import GRPOConfig, GRPOTrainer
 
 from rl.algorithms import online
-from rl.algorithms.base import Job, Outcome, Timer, arguments
-from rl.algorithms.guard import Guard
+from rl.algorithms.base import Job, Outcome, arguments
 
 
 class DuetGRPOTrainer(online.Online, GRPOTrainer):
     """TRL's trainer with the MLX sampler, a resumable order of prompts and a forward without repeated work."""
-
-    def __init__(self, job: Job, guard: Guard, timer: Timer, **kwargs: Any):
-        super().__init__(job, guard, timer, **kwargs)
-        correction = job.config.rollout.correction
-        if self.use_vllm and self.loss_type == "vespo" and correction not in ("none", "token_truncate", "token_mask"):
-            # TRL checks before the seam
-            raise ValueError("vespo needs rollout.correction token_truncate or token_mask")
 
 
 def train(job: Job, trainer_class: type[DuetGRPOTrainer] = DuetGRPOTrainer) -> Outcome:

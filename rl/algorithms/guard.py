@@ -106,6 +106,19 @@ class Guard(TrainerCallback):
         return trace(self.trainer, batch)
 
 
+class Watched:
+    """Mixed in before a TRL trainer that learns from given rows: keeps each batch for `guard`."""
+
+    def __init__(self, guard: Guard, **kwargs: Any):
+        super().__init__(**kwargs)
+        self.guard = guard
+
+    def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """Keep `inputs` so that the guard can find where a value stopped being finite."""
+        self.guard.batch = inputs
+        return super().compute_loss(model, inputs, *args, **kwargs)
+
+
 def trace(trainer: Any, batch: dict[str, Any]) -> str:
     """Run loss and backward on `batch` again with hooks; name the first module whose output, or else whose gradient,
     is not finite where what came in was. Leaves no gradient behind."""

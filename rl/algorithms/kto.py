@@ -20,16 +20,12 @@ from trl import KTOConfig, KTOTrainer
 
 from rl.algorithms.base import Job, Outcome, Recorder, arguments, run_trainer
 from rl.algorithms.dpo import preference_rows, reference
-from rl.algorithms.guard import Guard
+from rl.algorithms.guard import Guard, Watched
 from rl.algorithms.learner import score_completions_only
 
 
-class DuetKTOTrainer(KTOTrainer):
+class DuetKTOTrainer(Watched, KTOTrainer):
     """TRL's trainer, with the batch kept for the guard and sampled tokens left as they are."""
-
-    def __init__(self, guard: Guard, **kwargs: Any):
-        super().__init__(**kwargs)
-        self.guard = guard
 
     def _prepare_dataset(
         self, dataset: datasets.Dataset, processing_class: Any, args: KTOConfig, dataset_name: str
@@ -43,11 +39,6 @@ class DuetKTOTrainer(KTOTrainer):
             return {"KL_completion_ids": rows["completion_ids"][-1:] + rows["completion_ids"][:-1]}
 
         return dataset.map(neighbours, batched=True, batch_size=args.per_device_train_batch_size)
-
-    def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        """Keep `inputs` so that the guard can find where a value stopped being finite."""
-        self.guard.batch = inputs
-        return super().compute_loss(model, inputs, *args, **kwargs)
 
 
 def train(job: Job) -> Outcome:

@@ -4,27 +4,17 @@ No departure from TRL; the loss is on completion tokens and their EOS only.
 """
 
 from dataclasses import fields
-from typing import Any
 
 import datasets
 from trl import SFTConfig, SFTTrainer
 
 from rl.algorithms.base import Job, Outcome, Recorder, arguments, run_trainer
-from rl.algorithms.guard import Guard
+from rl.algorithms.guard import Guard, Watched
 from rl.errors import UserError
 
 
-class DuetSFTTrainer(SFTTrainer):
+class DuetSFTTrainer(Watched, SFTTrainer):
     """TRL's trainer, with the batch kept for the guard."""
-
-    def __init__(self, guard: Guard, **kwargs: Any):
-        super().__init__(**kwargs)
-        self.guard = guard
-
-    def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        """Keep `inputs` so that the guard can find where a value stopped being finite."""
-        self.guard.batch = inputs
-        return super().compute_loss(model, inputs, *args, **kwargs)
 
 
 def train(job: Job) -> Outcome:

@@ -13,6 +13,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from rl.errors import UserError
+from rl.hf_folder import top_level_rope
 
 FAMILIES = ("llama", "qwen2", "qwen3")
 DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
@@ -35,13 +36,7 @@ def sampler_config(config: dict[str, Any]) -> dict[str, Any]:
             f"[model] base has {', '.join(sorted(kinds))} layers; the MLX engine decodes full attention only: "
             'set rollout.engine = "torch"'
         )
-    out = dict(config)
-    rope = config.get("rope_parameters") or {}
-    if "rope_theta" in rope:
-        out["rope_theta"] = rope["rope_theta"]
-    if rope.get("rope_type", "default") != "default":
-        out["rope_scaling"] = {k: v for k, v in rope.items() if k != "rope_theta"}
-    return out
+    return top_level_rope(config)
 
 
 def load_sampler(folder: Path, dtype: str = "float32", *, packed: bool = False) -> nn.Module:

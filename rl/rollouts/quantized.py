@@ -16,23 +16,13 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
+from rl.convert import hf_name, unpermute
 from rl.errors import UserError
 from rl.files import sha256_file, write_json
 from rl.rollouts.load import load_sampler
 
 # key in base.json -> the file whose sha256 it is: what MLX samples from, and what torch trains on
 HASHED = {"sha256": "mlx/model.safetensors", "dequantized_sha256": "model.safetensors"}
-_GGUF_NAMES = {
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-    "attn_norm": "input_layernorm",
-    "ffn_norm": "post_attention_layernorm",
-}
 
 
 def build(base: Path, gguf: Path | None, bits: int, group_size: int, out: Path, source: str) -> str:
@@ -102,26 +92,12 @@ def _packed_from_gguf(gguf: Path, config: dict) -> dict[str, mx.array]:
     weights = {}
     for name, value in mx.load(str(gguf)).items():
         stem, _, kind = name.rpartition(".")
-        if stem == "token_embd":
-            target = "model.embed_tokens"
-        elif stem == "output_norm":
-            target = "model.norm"
-        elif stem == "output":
-            target = "lm_head"
-        else:
-            _, layer, part = stem.split(".")
-            target = f"model.layers.{layer}.{_GGUF_NAMES[part]}"
-            if part in ("attn_q", "attn_k"):
-                heads = config["num_attention_heads" if part == "attn_q" else "num_key_value_heads"]
-                value = _unpermute(value, heads)
+        target = (hf_name(f"{stem}.weight") or name).removesuffix(".weight")
+        part = stem.rpartition(".")[2]
+        if part in ("attn_q", "attn_k"):
+            value = unpermute(value, config["num_attention_heads" if part == "attn_q" else "num_key_value_heads"])
         weights[f"{target}.{kind}"] = value if value.dtype == mx.uint32 else value.astype(mx.float32)
     return weights
-
-
-def _unpermute(rows: mx.array, heads: int) -> mx.array:
-    """Undo GGUF's row order of q and k: it interleaves the two halves that Hugging Face's RoPE keeps apart."""
-    out = rows.shape[0]
-    return rows.reshape(heads, out // heads // 2, 2, *rows.shape[1:]).swapaxes(1, 2).reshape(rows.shape)
 
 
 def _write(folder: Path, base: Path, packed: dict[str, mx.array], bits: int, group_size: int) -> None:
