@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     import torch
 
 GIB = 1024**3
+BUCKET = 32  # tokens: on MPS lengths are padded to multiples of it
 MPS_SHARE = 0.8  # of the memory Metal recommends: beyond it macOS swaps and MLX, in the same memory, starves
 
 
@@ -98,29 +99,52 @@ def empty_cache(device: "torch.device") -> None:
         torch.mps.empty_cache()
 
 
-def bucket(length: int, multiple: int = 32) -> int:
+def bucket(length: int, multiple: int = BUCKET) -> int:
     """`length` in tokens rounded up to a multiple, so that a device sees few different shapes."""
     return -(-length // multiple) * multiple
+
+
+def padded(length: int, device: "torch.device") -> int:
+    """The width at which `length` tokens are computed: a bucket on MPS, which keeps a graph of every shape."""
+    return bucket(length) if device.type == "mps" else length
 
 
 def trainer_defaults(device: "torch.device | str") -> dict[str, Any]:
     """Arguments of TRL's and transformers' trainers that are ours to set per device; the config may override each.
 
     TRL's own defaults turn on bf16 (it raises on a CPU, and as autocast it moves logprobs by .03) and gradient
-    checkpointing (a second forward pass that models of these sizes do not need).
+    checkpointing (a second forward pass that models of these sizes do not need). Where the config turns checkpointing
+    on, it is the non-reentrant kind: the other gives adapters behind a frozen embedding no gradient. On MPS batches are
+    padded to buckets.
     """
     kind = str(device).split(":")[0]
-    return {
+    defaults: dict[str, Any] = {
         "bf16": False,
         "fp16": False,
         "use_cpu": kind == "cpu",
         "gradient_checkpointing": False,
+        "gradient_checkpointing_kwargs": {"use_reentrant": False},
         # worker processes copy the parent on a Mac, and the rows are in memory already
         "dataloader_num_workers": 0,
         # pinning is for copies to a separate GPU; it warns on MPS and the CPU
         "dataloader_pin_memory": kind == "cuda",
         "report_to": "none",
     }
+    return defaults | ({"pad_to_multiple_of": BUCKET} if kind == "mps" else {})
+
+
+def check_half(device: "torch.device | str", args: dict[str, Any], where: str) -> None:
+    """Refuse bf16 training where the device has no bfloat16; `where` names the config.
+
+    Raises:
+        UserError: `args` ask for it on macOS before 14 or on a GPU before Ampere.
+    """
+    import torch
+
+    if args.get("bf16") and half_for(device) != torch.bfloat16:
+        kind = torch.device(device).type
+        why = f"macOS {platform.mac_ver()[0]} has none on mps (14 has)" if kind == "mps" else "this GPU has none"
+        raise UserError(f"{where}: [trainer] bf16: found true, and {why}, valid: fp16 = true, or neither for float32")
 
 
 def memory_bytes(device: "torch.device | str" = "cpu") -> int:

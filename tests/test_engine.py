@@ -1,6 +1,6 @@
 """The decode engine against Hugging Face's own forward, token by token and in fp32."""
 
-import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,54 +9,26 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Config
+from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config
 
 import rl.rollouts  # noqa: F401  binds BLAS before mlx loads
+
+import mlx.core as mx  # isort: skip
 from rl.errors import RunFailed, UserError
-from rl.rollouts import load, parity
+from rl.rollouts import cache, load, parity, sampling
+from rl.rollouts import engine as engines
 from rl.rollouts.engine import Engine, common_prefix
+from rl.rollouts.forward import prefill
 from rl.rollouts.result import GREEDY, Sampling
 
-SMALL = {"vocab_size": 61, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+VOCABULARY = 61
+SMALL = {"vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+SMALL |= {"num_attention_heads": 4, "rope_parameters": {"rope_type": "default", "rope_theta": 5e4}}
 EOS = 2
-FAMILIES = {
-    "llama": LlamaConfig(**SMALL, num_key_value_heads=4, rope_parameters={"rope_type": "default", "rope_theta": 5e4}),
-    "llama, grouped keys, untied head": LlamaConfig(
-        **SMALL,
-        num_key_value_heads=2,
-        tie_word_embeddings=False,
-        rope_parameters={"rope_type": "default", "rope_theta": 5e4},
-    ),
-    "llama, tied, biased, wide heads": LlamaConfig(
-        **SMALL, num_key_value_heads=1, tie_word_embeddings=True, attention_bias=True, head_dim=16
-    ),
-    "llama 3 scaled RoPE": LlamaConfig(
-        **SMALL,
-        num_key_value_heads=2,
-        max_position_embeddings=512,
-        rope_parameters={
-            "rope_type": "llama3",
-            "rope_theta": 5e5,
-            "factor": 8.0,
-            "low_freq_factor": 1.0,
-            "high_freq_factor": 4.0,
-            "original_max_position_embeddings": 16,
-        },
-    ),
-    "qwen2": Qwen2Config(
-        **SMALL,
-        num_key_value_heads=2,
-        rope_parameters={"rope_type": "default", "rope_theta": 1e6},
-        use_sliding_window=False,
-    ),
-    "qwen3": Qwen3Config(
-        **SMALL,
-        num_key_value_heads=2,
-        head_dim=8,
-        rope_parameters={"rope_type": "default", "rope_theta": 1e6},
-        tie_word_embeddings=True,
-    ),
-}
+LLAMA = LlamaConfig(**SMALL, num_key_value_heads=2, tie_word_embeddings=False)
+WINDOWED = Qwen3Config(
+    **SMALL, num_key_value_heads=2, head_dim=8, use_sliding_window=True, sliding_window=4, max_window_layers=1
+)
 
 
 def make(folder: Path, config: Any, scale: float = 6.0) -> Any:
@@ -75,7 +47,15 @@ def make(folder: Path, config: Any, scale: float = 6.0) -> Any:
 def llama(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any]:
     """A random grouped-key Llama in torch and in MLX."""
     folder = tmp_path_factory.mktemp("llama")
-    model = make(folder, FAMILIES["llama, grouped keys, untied head"])
+    model = make(folder, LLAMA)
+    return model, load.load_sampler(folder)
+
+
+@pytest.fixture(scope="module")
+def windowed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any]:
+    """A random Qwen 3 whose second layer sees 4 tokens."""
+    folder = tmp_path_factory.mktemp("windowed")
+    model = make(folder, WINDOWED)
     return model, load.load_sampler(folder)
 
 
@@ -87,19 +67,9 @@ def reference(model: Any, prompt: list[int], tokens: list[int], temperature: flo
     return logprobs[len(prompt) - 1 : -1].gather(-1, ids[0, len(prompt) :, None])[:, 0].numpy()
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_each_family_gives_the_logprobs_of_transformers(family: str, tmp_path: Path) -> None:
-    """Trap: transformers 5 hides rope_theta from mlx-lm, which then falls back to 10000 with no warning."""
-    model = make(tmp_path, FAMILIES[family])
-    sampler = load.load_sampler(tmp_path)
-    found = parity.check(model, sampler, "float32", SMALL["vocab_size"])
-    assert found.tokens == 25
-    assert found.largest < 5e-5
-
-
 def test_the_rope_trap_stops_the_run_and_names_the_layer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With RoPE's base left where mlx-lm does not look, the parity check names the first attention."""
-    model = make(tmp_path, FAMILIES["llama"])
+    model = make(tmp_path, LLAMA)
     monkeypatch.setattr(load, "sampler_config", lambda config: config)
     trapped = load.load_sampler(tmp_path)
     with pytest.raises(RunFailed, match=r"first to differ is model\.layers\.0\.self_attn"):
@@ -115,30 +85,44 @@ def test_a_difference_deep_in_the_model_is_named_there(llama: tuple[Any, Any], t
         parity.check(model, other, "float32", SMALL["vocab_size"])
 
 
-@pytest.mark.parametrize("kind", ["mamba", "gemma2"])
-def test_other_families_are_refused_by_name(kind: str) -> None:
-    """Trap: hybrid and windowed caches would be wrong in a padded batch without an error."""
-    with pytest.raises(UserError, match=f"{kind}.*llama, qwen2, qwen3"):
-        load.sampler_config({"model_type": kind})
+def letters(ids: Sequence[int]) -> str:
+    """A tokenizer whose tokens are letters: id 3 is "D"."""
+    return "".join(chr(65 + i) for i in ids)
 
 
-def test_sliding_layers_are_refused() -> None:
-    with pytest.raises(UserError, match="sliding_attention"):
-        load.sampler_config({"model_type": "llama", "layer_types": ["full_attention", "sliding_attention"]})
+def alone(sampler: Any, prompt: list[int], row: int, seed: int, how: Sampling, eos: list[int]) -> list[int]:
+    """Row `row` decoded by itself, a token at a time, each by a forward over all that came before."""
+    from rl.rollouts.forward import head
+    from rl.rollouts.sampling import sample, uniforms_for
+
+    uniforms = mx.array(uniforms_for(seed, 0, np.array([row]), 7))
+    tokens: list[int] = []
+    while len(tokens) < 7 and not (tokens and tokens[-1] in eos):
+        hidden, _ = prefill(sampler, [prompt + tokens])
+        token, _, _ = sample(head(sampler, hidden[:, -1]), uniforms[:, len(tokens)], how)
+        tokens.append(token.item())
+    return tokens
 
 
-@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@pytest.mark.parametrize("family", ["llama", "windowed"])
+@pytest.mark.parametrize("grouped", [True, False])
+@settings(max_examples=5, deadline=None, suppress_health_check=list(HealthCheck))
 @given(
-    lengths=st.lists(st.integers(1, 9), min_size=1, max_size=5),
+    lengths=st.lists(st.integers(1, 9), min_size=1, max_size=4),
     shared=st.integers(0, 5),
     group=st.integers(1, 3),
     temperature=st.sampled_from([0.5, 1.0, 1.7]),
     eos=st.lists(st.integers(0, 60), min_size=1, max_size=12, unique=True),
     seed=st.integers(0, 2**32 - 1),
-    max_batch=st.sampled_from([2, 256]),
+    max_batch=st.sampled_from([1, 2, 3, 256]),
+    tokens=st.sampled_from([21, 40, 60, None]),
+    look_every=st.sampled_from([1, 3]),
+    fixed=st.booleans(),
 )
-def test_batched_equals_one_at_a_time(
-    llama: tuple[Any, Any],
+def test_a_completion_does_not_depend_on_its_neighbours(
+    request: pytest.FixtureRequest,
+    family: str,
+    grouped: bool,
     lengths: list[int],
     shared: int,
     group: int,
@@ -146,24 +130,152 @@ def test_batched_equals_one_at_a_time(
     eos: list[int],
     seed: int,
     max_batch: int,
+    tokens: int | None,
+    look_every: int,
+    fixed: bool,
 ) -> None:
-    """Mixed lengths, shared prefixes, groups, early EOS, compaction: tokens and logprobs as when decoded alone."""
-    model, sampler = llama
+    """Any batch, order, refill, memory bound, shrinking, look and layout: in fp32 the tokens of each row decoded by
+    itself and the trainer's logprobs. `fixed` keeps shapes as for a compiled step."""
+    model, sampler = request.getfixturevalue(family)
     generator = np.random.default_rng(seed)
-    head = generator.integers(0, 61, shared).tolist()
-    prompts = [head + generator.integers(0, 61, n).tolist() for n in lengths for _ in range(1)]
-    prompts = [p for p in prompts for _ in range(group)]
-    sampling = Sampling(temperature=temperature)
-    together = Engine(sampler, eos, max_batch=max_batch).generate(prompts, sampling, max_tokens=7, seed=seed)
-    for row, (prompt, completion) in enumerate(zip(prompts, together, strict=True)):
-        tokens = completion.tokens
-        assert 1 <= len(tokens) <= 7
-        assert all(t not in eos for t in tokens[:-1])
-        assert len(tokens) == 7 or tokens[-1] in eos  # the EOS stays
-        assert len(completion.logprobs) == len(tokens)
-        np.testing.assert_allclose(completion.logprobs, reference(model, prompt, tokens, temperature), atol=2e-4)
-        alone = [[0]] * row + [prompt]  # the stream belongs to the row's number, not to its neighbours
-        assert Engine(sampler, eos).generate(alone, sampling, max_tokens=7, seed=seed)[row].tokens == tokens
+    start = generator.integers(0, VOCABULARY, shared).tolist()
+    prompts = [start + generator.integers(0, VOCABULARY, n).tolist() for n in lengths]
+    prompts = [prompts[i] for i in generator.permutation(np.repeat(np.arange(len(prompts)), group))]
+    how = Sampling(temperature=temperature)
+    engine = Engine(sampler, eos, max_batch=max_batch, max_batch_tokens=tokens, grouped=grouped, compiled=fixed)
+    engine.look_every = look_every
+    if fixed:
+        engine.step = lambda *sizes: engines.decode_step(sampler, engine.layout, *sizes)
+    if tokens is not None and max(map(len, prompts)) + shared + 7 > tokens:
+        tokens = engine.max_batch_tokens = 60
+    done = engine.generate(prompts, how, max_tokens=7, seed=seed)
+    for row, (prompt, completion) in enumerate(zip(prompts, done, strict=True)):
+        assert completion.tokens == alone(sampler, prompt, row, seed, how, eos)
+        assert all(t not in eos for t in completion.tokens[:-1])
+        expected = reference(model, prompt, completion.tokens, temperature)
+        np.testing.assert_allclose(completion.logprobs, expected, atol=2e-4)
+
+
+def test_rows_wait_refill_and_wrap_around_the_ring(llama: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forty prompts through three rows and a ring of 7 columns that starts with 2; no prompt is read twice, though its
+    completions do not all fit at once."""
+    model, sampler = llama
+    monkeypatch.setattr(cache, "RING_STEP", 2)
+    read: list[tuple[int, ...]] = []
+    real = engines.prefill_last
+
+    def counted(model: Any, prompts: Any, common: Any) -> Any:
+        read.extend(tuple(p) for p in prompts)
+        return real(model, prompts, common)
+
+    monkeypatch.setattr(engines, "prefill_last", counted)
+    prompts = [[7, i % 10 + 20, *[3] * (i % 4)] for i in range(40)]
+    for grouped in (True, False):
+        read.clear()
+        engine = Engine(sampler, [EOS, 5, 9, 11], max_batch=3, grouped=grouped, compiled=False)
+        done = engine.generate(prompts, Sampling(), max_tokens=7, seed=1)
+        assert len(read) == len(set(read)) == len({tuple(p) for p in prompts})
+        assert len({len(c.tokens) for c in done}) > 3  # lengths differ, so that rows joined at different steps
+        for prompt, completion in zip(prompts, done, strict=True):
+            expected = reference(model, prompt, completion.tokens)
+            np.testing.assert_allclose(completion.logprobs, expected, atol=2e-4)
+
+
+def test_a_long_completion_does_not_hold_the_waiting(llama: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Trap: in waves each takes as long as its longest row. Here the steps are those of the rows' sum, nearly."""
+    steps = 0
+    real = engines.decode_step
+
+    def counted(*sizes: Any) -> Any:
+        step = real(*sizes)
+
+        def run(*arrays: Any) -> Any:
+            nonlocal steps
+            steps += 1
+            return step(*arrays)
+
+        return run
+
+    monkeypatch.setattr(engines, "decode_step", counted)
+    engine = Engine(llama[1], [EOS, 3, 5, 7], max_batch=4, grouped=True, compiled=False)
+    done = engine.generate([[i % 50 + 5] for i in range(64)], Sampling(), max_tokens=60, seed=3)
+    lengths = [len(c.tokens) for c in done]
+    waves = sum(max(lengths[i : i + 4]) for i in range(0, 64, 4))
+    assert max(lengths) > 3 * np.median(lengths)  # a long tail
+    assert steps < sum(lengths) / 4 + max(lengths) < waves
+
+
+@pytest.mark.parametrize("grouped", [True, False])
+def test_held_tokens_stay_within_max_batch_tokens(
+    llama: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch, grouped: bool
+) -> None:
+    held: list[int] = []
+    layout = cache.Grouped if grouped else cache.Joined
+    real = layout.arrays
+
+    def arrays(self: Any) -> Any:
+        out = real(self)
+        held.append(sum(a.shape[0] * a.shape[2] for a in (x[0][0] for x in out.values() if isinstance(x, list))))
+        return out
+
+    monkeypatch.setattr(layout, "arrays", arrays)
+    monkeypatch.setattr(cache, "RING_STEP", 4)
+    prompts = [[i] * (2 + i % 9) for i in range(3, 30) for _ in range(2)]
+    engine = Engine(llama[1], [EOS], max_batch_tokens=100, grouped=grouped, compiled=False)
+    done = engine.generate(prompts, Sampling(), max_tokens=8, seed=3)
+    assert len(done) == len(prompts)
+    # a joined prompt's columns come in steps of RING_STEP
+    assert 50 < max(held) <= (100 if grouped else 100 + 4 * 8)
+    with pytest.raises(UserError, match=r"\[rollout\] max_batch_tokens: found 15, valid: ≥ the longest prompt's 10"):
+        Engine(llama[1], [EOS], max_batch_tokens=15).generate(prompts, Sampling(), max_tokens=8)
+
+
+def test_bytes_per_token_are_those_of_the_arrays(llama: tuple[Any, Any], windowed: tuple[Any, Any]) -> None:
+    for _, sampler in (llama, windowed):
+        _, found = prefill(sampler, [[1, 2, 3, 4, 5]])
+        assert sum(a.nbytes for a in found.keys + found.values) == 5 * cache.bytes_per_token(sampler)
+
+
+def test_a_compiled_step_follows_the_weights(
+    llama: tuple[Any, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Trap: mx.compile takes what a function closes over as constants, and the sampler would stay at its first sync."""
+    monkeypatch.setattr(sampling, "backend", lambda: "cuda")  # torch's exp cannot be part of a compiled step
+    model, _ = llama
+    model.save_pretrained(tmp_path)
+    sampler = load.load_sampler(tmp_path)
+    engine = Engine(sampler, [EOS], grouped=False, compiled=True)
+    prompts = [[5, 6, 7], [5, 6, 7], [8]]
+    first = engine.generate(prompts, Sampling(), max_tokens=5, seed=2)
+    for prompt, completion in zip(prompts, first, strict=True):
+        np.testing.assert_allclose(completion.logprobs, reference(model, prompt, completion.tokens), atol=2e-4)
+    weight = sampler.model.layers[1].mlp.down_proj.weight
+    sampler.model.layers[1].mlp.down_proj.weight = weight * -1.5
+    second = engine.generate(prompts, Sampling(), max_tokens=5, seed=2)
+    for prompt, completion in zip(prompts, second, strict=True):
+        (expected,) = parity.sampler_logprobs(sampler, [prompt + completion.tokens])
+        np.testing.assert_allclose(completion.logprobs, expected[len(prompt) - 1 :], atol=2e-4)
+    assert np.abs(np.subtract(first[0].logprobs[0], second[0].logprobs[0])) > 1e-3
+
+
+@pytest.mark.parametrize("look_every", [1, 4])
+def test_stop_texts_end_a_completion_with_their_last_token(llama: tuple[Any, Any], look_every: int) -> None:
+    """Texts over several tokens, each row with its own; what was drawn behind it before the look is cut off."""
+    engine = Engine(llama[1], [60], decode=letters, max_batch=3)
+    engine.look_every = look_every
+    prompts = [[i + 3] for i in range(12)]
+    free = engine.generate(prompts, Sampling(), max_tokens=12, seed=5)
+    texts = [letters(c.tokens) for c in free]
+    stops = [(text[4:7],) if i % 3 else () for i, text in enumerate(texts)]
+    stops[1] = ("never there", texts[1][5:9])
+    done = engine.generate(prompts, Sampling(), max_tokens=12, seed=5, stop=stops)
+    for text, stop, before, after in zip(texts, stops, free, done, strict=True):
+        ends = [text.index(s) + len(s) for s in stop if s in text]
+        assert after.tokens == before.tokens[: min(ends, default=len(text))]
+        assert after.logprobs == pytest.approx(before.logprobs[: len(after.tokens)], abs=1e-4)
+    assert sum(len(c.tokens) < 12 for c in done) >= 7
+    with pytest.raises(ValueError, match="decode"):
+        Engine(llama[1], [60], stop=("A",)).generate(prompts, Sampling(), max_tokens=2)
 
 
 def test_greedy_is_the_argmax_of_transformers(llama: tuple[Any, Any]) -> None:
@@ -184,18 +296,12 @@ def test_a_row_that_is_not_finite_is_marked_and_spares_the_others(llama: tuple[A
     broken = load.load_sampler(tmp_path)
     weight = np.array(broken.model.embed_tokens.weight)
     weight[17] = np.nan
-    broken.model.embed_tokens.weight = rl_array(weight)
+    broken.model.embed_tokens.weight = mx.array(weight)
     good, bad = Engine(broken, [EOS]).generate([[5, 6], [5, 17]], Sampling(), max_tokens=3)
     assert not bad.finite
     assert bad.tokens == [EOS]
     assert np.isnan(bad.logprobs[0])
     assert good.finite or 17 in good.tokens
-
-
-def rl_array(value: np.ndarray) -> Any:
-    import mlx.core as mx
-
-    return mx.array(value)
 
 
 def test_prompts_that_cannot_be_decoded_are_named(llama: tuple[Any, Any]) -> None:
@@ -211,12 +317,3 @@ def test_common_prefix_leaves_every_prompt_a_token() -> None:
     assert common_prefix([[1, 2, 3], [1, 2]]) == 1
     assert common_prefix([[1, 2, 3]]) == 2
     assert common_prefix([[4], [4]]) == 0
-
-
-def test_saved_config_is_what_the_trap_is_about(tmp_path: Path) -> None:
-    """Contract with transformers 5.23: RoPE's base is only inside rope_parameters."""
-    make(tmp_path, FAMILIES["llama"])
-    saved = json.loads((tmp_path / "config.json").read_text())
-    assert "rope_theta" not in saved
-    assert saved["rope_parameters"]["rope_theta"] == 5e4
-    assert load.sampler_config(saved)["rope_theta"] == 5e4

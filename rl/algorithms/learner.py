@@ -14,6 +14,8 @@ import torch
 import trl.trainer.utils
 from transformers import DynamicCache
 
+from rl.device import padded
+
 # below this many shared tokens a second pass costs more than it saves
 SHORTEST_PREFIX = 8
 
@@ -76,7 +78,7 @@ def forward(
     rows, total = input_ids.shape
     prompt_columns = total - completion_columns
     lengths = attention_mask[:, :prompt_columns].sum(1)
-    width = total - int(prompt_columns - lengths.max()) - prefix
+    width = padded(total - int(prompt_columns - lengths.max()) - prefix, input_ids.device)
     # where each row's own tokens (prompt after the prefix, then completion) come from
     source = (prompt_columns - lengths)[:, None] + prefix + torch.arange(width, device=input_ids.device)[None]
     inside = source < total

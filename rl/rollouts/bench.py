@@ -18,8 +18,8 @@ import torch
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
 from rl.errors import RunFailed
-from rl.rollouts.cache import Cache
-from rl.rollouts.engine import Engine, head
+from rl.rollouts.engine import Engine, decode_step
+from rl.rollouts.forward import prefill_last
 from rl.rollouts.result import Completion, Sampling
 
 # graph nodes that only describe an array anew; all others are work for the device
@@ -137,16 +137,19 @@ def hf_generate(
 
 
 def launches(model: Any, rows: int) -> int:
-    """Operations of one decode step of `rows` rows in MLX's graph, views not counted; sampling not included."""
-    cache = Cache(len(model.layers), rows, 8)
-    one, token = mx.ones((rows, 1), mx.bool_), mx.zeros((rows, 1), mx.int32)
-    for _ in range(2):
-        logits = head(model, cache.forward(model.model, token, one))
-        graph = io.StringIO()
-        mx.export_to_dot(graph, logits)
-        columns = cache.columns
-        layers = [(layer.keys, layer.values) for layer in cache.layers]
-        mx.eval(logits, layers, columns.valid_B_S, columns.position_B_S, columns.offset_B)
+    """Operations of one decode step of `rows` rows of one prompt in MLX's graph, views not counted; sampling not
+    included, nor what compiling the step would fuse."""
+    most = 8
+    layout = Engine(model, [0]).layout(most)
+    _, fresh = prefill_last(model, [[0, 0]])
+    every = np.arange(rows)
+    layout.place(every, np.zeros(rows, np.int64), fresh, [], rows)
+    step = decode_step(model, layout.__class__, None, most, layout.width, 1)
+    arrays, zeros = layout.arrays(), mx.zeros((rows,), mx.int32)
+    mx.eval(arrays)
+    logits, own = step(zeros, mx.array(0), zeros + 2, zeros, mx.zeros((rows, most, 2)), arrays)
+    graph = io.StringIO()
+    mx.export_to_dot(graph, logits, own)
     names = re.findall(r'\[label ?= ?"(\w+)", shape=rectangle\]', graph.getvalue())
     return sum(name not in VIEWS for name in names)
 

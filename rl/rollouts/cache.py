@@ -1,114 +1,295 @@
-"""A key/value cache for one batch of completions: shared prefix, left-padded suffixes, fixed size.
+"""Keys and values of a batch that decodes: prompts, and a ring of columns for what was drawn since.
 
-Columns are filled from the left, the same column for every row: `[common prefix | padding + suffix | completion]`.
-A row's padding columns stay invalid for ever; positions (for RoPE and for windows) count only its valid columns.
-Stands in for mlx-lm's own caches: its models call `offset`, `update_and_fetch` and `make_mask` (mlx-lm 0.32.2).
+All rows write the same column of the ring, number `now % max_tokens`; a row that joined later simply sees fewer columns
+back (`born` is the step at which its first drawn token was written). So rows come and go without moving anybody's keys,
+no row is padded, and all shapes stay as they are. Positions, for RoPE and for windows, are counted and not stored.
+
+Two layouts of the same thing:
+- `Grouped` holds each prompt once for all its completions, and their queries meet its keys in one product. Fewer and
+  larger products, and a G-th of the memory: for backends where a product costs more than launching it (CPU).
+- `Joined` holds prompt and ring of each row in one array for one fused attention a layer: for backends where launches
+  are the floor (GPUs).
 """
 
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
+
+from rl.rollouts.forward import Prefilled
+
+RING_STEP = 64  # a ring starts with so many columns and grows as it is used
+Arrays = list[mx.array]
 
 
-class Columns:
-    """What is in each cache column, shared by all layers: validity and position, both (rows, capacity)."""
+def bytes_per_token(model: Any) -> int:
+    """Bytes that one cached token takes: keys and values of all layers in the dtype of the activations."""
+    attention, args = model.model.layers[0].self_attn, model.args
+    width = getattr(args, "head_dim", None) or args.hidden_size // args.num_attention_heads
+    return 2 * len(model.model.layers) * attention.n_kv_heads * width * model.model.norm.weight.dtype.size
 
-    def __init__(self, rows: int, capacity: int):
-        self.used = 0  # columns filled by finished forward passes
-        self.coming = 0  # columns of the forward pass under way
-        self.valid_B_S = mx.zeros((rows, capacity), dtype=mx.bool_)
-        self.position_B_S = mx.zeros((rows, capacity), dtype=mx.int32)
-        self.offset_B = mx.zeros((rows,), dtype=mx.int32)  # position of the first coming column
 
-    def begin(self, valid_B_N: mx.array) -> None:
-        """Announce a forward pass over N columns; padding must be on the left of each row."""
-        length = valid_B_N.shape[1]
-        self.coming = length
-        padding_B = length - valid_B_N.sum(axis=1).astype(mx.int32)
-        self.offset_B = self.offset_B - padding_B
-        end = self.used + length
-        self.valid_B_S[:, self.used : end] = valid_B_N
-        self.position_B_S[:, self.used : end] = self.offset_B[:, None] + mx.arange(length, dtype=mx.int32)[None]
+class Grouped:
+    """`prompt` keys (P, kv_heads, L, D) once a group; `own` keys (B, kv_heads, W, D) of each row's drawn tokens."""
 
-    def commit(self) -> None:
-        """The announced forward pass is done: its columns now count as used."""
-        self.offset_B = self.offset_B + self.coming
-        self.used += self.coming
-        self.coming = 0
+    def __init__(self, max_tokens: int) -> None:
+        self.prompt: tuple[Arrays, Arrays] = ([], [])
+        self.own: tuple[Arrays, Arrays] = ([], [])
+        self.group = np.zeros(0, np.int64)  # group of each row
+        self.slots: tuple[mx.array | None, mx.array | None] | None = None  # of these rows and groups, once asked for
+        self.width = 0
+        self.ring = min(RING_STEP, max_tokens)
 
-    def mask(self, window: int | None) -> mx.array:
-        """Boolean (rows, 1, N, used + N): causal, padding hidden, at most `window` positions back.
+    def held(self) -> set[int]:
+        """Groups whose prompt is still there."""
+        return set(range(len(self.prompt[0][0]))) if self.prompt[0] else set()
 
-        A padding query sees itself alone: a row with nothing to see would be NaN, and 0 × NaN spreads to its readers.
+    def place(self, rows: np.ndarray, groups: np.ndarray, fresh: Prefilled | None, keep: list[int], total: int) -> None:
+        """Put new prompts behind the groups in `keep`, and rows into the places `rows` of `total`.
+
+        `groups[i]` counts in the new order: first those kept, then the fresh ones.
         """
-        end = self.used + self.coming
-        query_B_N = self.position_B_S[:, self.used : end]
-        key_B_S = self.position_B_S[:, :end]
-        distance = query_B_N[:, :, None] - key_B_S[:, None, :]
-        seen = self.valid_B_S[:, None, :end] & (distance >= 0)
+        if fresh is not None and not self.own[0]:
+            shape = (total, fresh.keys[0].shape[1], self.ring, fresh.keys[0].shape[3])
+            for part in self.own:
+                part[:] = [mx.zeros(shape, array.dtype) for array in fresh.keys]
+            self.group = np.zeros(total, np.int64)
+            self.prompt = ([array[:0] for array in fresh.keys], [array[:0] for array in fresh.values])
+        for part in self.prompt:
+            part[:] = [array[mx.array(np.array(keep, np.int64))] for array in part]
+        if fresh is not None:
+            self.width = max(fresh.keys[0].shape[2], self.width)
+            for part, new in zip(self.prompt, (fresh.keys, fresh.values), strict=True):
+                both = [(_widened(a, self.width), _widened(b, self.width)) for a, b in zip(part, new, strict=True)]
+                part[:] = [mx.concatenate(pair) for pair in both]
+        # a row whose group has gone is idle: any group will do
+        self.group = np.array([keep.index(g) if g in keep else 0 for g in self.group])
+        self.group[rows] = groups
+        self.slots = None
+
+    def keep(self, rows: np.ndarray) -> list[int]:
+        """Keep `rows`, in that order, and the groups that they belong to: these are returned, in their new order."""
+        groups, self.group = np.unique(self.group[rows], return_inverse=True)
+        self.slots = None
+        for part in self.prompt:
+            part[:] = [array[mx.array(groups)] for array in part]
+        for part in self.own:
+            part[:] = [array[mx.array(rows)] for array in part]
+        return groups.tolist()
+
+    def narrow(self, width: int) -> None:
+        """Forget the prompt columns from `width` on: no prompt reaches there any more."""
+        if width < self.width:
+            self.width = width
+            for part in self.prompt:
+                part[:] = [array[:, :, :width] for array in part]
+
+    def grow(self, ring: int) -> None:
+        """Make room for `ring` columns of drawn tokens."""
+        if ring > self.ring:
+            self.ring = ring
+            for part in self.own:
+                part[:] = [_widened(array, ring) for array in part]
+
+    def arrays(self) -> Any:
+        """What one decode step reads and writes, as a tree of arrays."""
+        if self.slots is None:
+            self.slots = _slots(self.group)
+        return {
+            "prompt": [list(part) for part in self.prompt],
+            "own": [list(part) for part in self.own],
+            "slots_PG": self.slots[0],
+            "places_B": self.slots[1],
+        }
+
+    def store(self, own: Any) -> None:
+        """Take over what the step wrote."""
+        self.own = tuple(own)
+
+    @staticmethod
+    def attend(
+        arrays: Any,
+        layer: int,
+        queries: mx.array,
+        keys: mx.array,
+        values: mx.array,
+        scale: float,
+        column: mx.array,
+        mask: mx.array,
+    ) -> mx.array:
+        """Attention of one drawn token a row over its prompt and what it drew; `mask` (B, 1, L + used)."""
+        rows, heads, _, width = queries.shape
+        prompt_k, prompt_v = arrays["prompt"][0][layer], arrays["prompt"][1][layer]
+        own_k, own_v = _written(arrays["own"], layer, keys, values, column)
+        groups, kv_heads, length, _ = prompt_k.shape
+        used = mask.shape[-1] - length
+        slots, places = arrays["slots_PG"], arrays["places_B"]
+
+        def to_groups(x: mx.array) -> mx.array:  # (B, kv_heads, repeats, …) -> (P, kv_heads, G × repeats, …)
+            x = x if slots is None else x[slots]
+            x = x.reshape(groups, -1, *x.shape[1:]).transpose(0, 2, 1, 3, 4)
+            return x.reshape(groups, kv_heads, -1, x.shape[-1])
+
+        def to_rows(x: mx.array) -> mx.array:
+            x = x.reshape(groups, kv_heads, -1, heads // kv_heads, x.shape[-1]).transpose(0, 2, 1, 3, 4)
+            x = x.reshape(-1, *x.shape[2:])
+            return x if places is None else x[places]
+
+        queries = (queries * scale).reshape(rows, kv_heads, heads // kv_heads, width)
+        to_prompt = to_rows(to_groups(queries) @ prompt_k.swapaxes(-1, -2))
+        to_own = queries @ own_k[:, :, :used].swapaxes(-1, -2)
+        scores = mx.concatenate([to_prompt, to_own], axis=-1)
+        scores = mx.where(mask[:, None], scores, mx.finfo(scores.dtype).min)
+        weights = mx.softmax(scores, axis=-1, precise=True)
+        out = to_rows(to_groups(weights[..., :length]) @ prompt_v) + weights[..., length:] @ own_v[:, :, :used]
+        return out.reshape(rows, heads, 1, width)
+
+
+class Joined:
+    """Keys (B, kv_heads, L + W, D): L columns of the row's prompt, then its ring."""
+
+    def __init__(self, max_tokens: int) -> None:
+        self.own: tuple[Arrays, Arrays] = ([], [])
+        self.group = np.zeros(0, np.int64)
+        self.width = 0
+        self.ring = min(RING_STEP, max_tokens)
+
+    def held(self) -> set[int]:
+        """As `Grouped.held`: here, of those that some row holds, be it idle."""
+        return {int(g) for g in self.group if g >= 0}
+
+    def place(self, rows: np.ndarray, groups: np.ndarray, fresh: Prefilled | None, keep: list[int], total: int) -> None:
+        """As `Grouped.place`; a kept group's prompt is copied from a row that has it."""
+        width = max(_bucket(fresh.keys[0].shape[2]) if fresh is not None else 0, self.width)
+        if fresh is not None and not self.own[0]:
+            self.group = np.full(total, -1)
+            shape = (total, fresh.keys[0].shape[1], width + self.ring, fresh.keys[0].shape[3])
+            for part in self.own:
+                part[:] = [mx.zeros(shape, array.dtype) for array in fresh.keys]
+        elif width > self.width:
+            for part in self.own:
+                part[:] = [self._spaced(array, width) for array in part]
+        self.width = width
+        old = mx.array(np.array([np.flatnonzero(self.group == g)[0] for g in keep], np.int64))
+        target, source = mx.array(rows), mx.array(groups)
+        news = (fresh.keys, fresh.values) if fresh is not None else ([], [])
+        for part, new in zip(self.own, news, strict=True):
+            for i, array in enumerate(part):
+                bank = array[old, :, :width]
+                bank = mx.concatenate([bank, _widened(new[i], width)]) if new else bank
+                array[target, :, :width] = bank[source]
+        self.group = np.array([keep.index(g) if g in keep else -1 for g in self.group])
+        self.group[rows] = groups
+
+    def _spaced(self, array: mx.array, width: int) -> mx.array:
+        prompt, ring = array[:, :, : self.width], array[:, :, self.width :]
+        return mx.concatenate([_widened(prompt, width), ring], axis=2)
+
+    def keep(self, rows: np.ndarray) -> list[int]:
+        """As `Grouped.keep`."""
+        kept = self.group[rows]
+        groups = np.unique(kept[kept >= 0]).tolist()
+        self.group = np.array([groups.index(g) if g >= 0 else -1 for g in kept])
+        for part in self.own:
+            part[:] = [array[mx.array(rows)] for array in part]
+        return groups
+
+    def narrow(self, width: int) -> None:
+        """As `Grouped.narrow`, in steps, so that shapes come again."""
+        width = _bucket(width)
+        if width < self.width:
+            for part in self.own:
+                part[:] = [mx.concatenate([a[:, :, :width], a[:, :, self.width :]], axis=2) for a in part]
+            self.width = width
+
+    def grow(self, ring: int) -> None:
+        """As `Grouped.grow`."""
+        if ring > self.ring:
+            self.ring = ring
+            for part in self.own:
+                part[:] = [_widened(array, self.width + ring) for array in part]
+
+    def arrays(self) -> Any:
+        """As `Grouped.arrays`."""
+        return {"own": [list(part) for part in self.own]}
+
+    def store(self, own: Any) -> None:
+        """As `Grouped.store`."""
+        self.own = tuple(own)
+
+    @staticmethod
+    def attend(
+        arrays: Any,
+        layer: int,
+        queries: mx.array,
+        keys: mx.array,
+        values: mx.array,
+        scale: float,
+        column: mx.array,
+        mask: mx.array,
+    ) -> mx.array:
+        """As `Grouped.attend`; `column` counts from the prompt's first."""
+        own_k, own_v = _written(arrays["own"], layer, keys, values, column)
+        used = mask.shape[-1]
+        return mx.fast.scaled_dot_product_attention(
+            queries, own_k[:, :, :used], own_v[:, :, :used], scale=scale, mask=mask[:, None]
+        )
+
+
+def masks(
+    windows: set[int | None], length_B: mx.array, age_B: mx.array, now: mx.array, width: int, used: int, ring: int
+) -> dict[int | None, mx.array]:
+    """What each row's coming token sees, (B, 1, width + used) for each window: its prompt, and its own drawn tokens.
+
+    `age_B` is how many tokens the row has stored before this one; `ring` is the period of the columns, of which `used`
+    are looked at. The coming token always sees itself, so no row is without anything to see.
+    """
+    prompt_L = mx.arange(width)[None]
+    back_U = (now - mx.arange(used) + ring) % ring  # steps since each column was written
+    seen = mx.concatenate(
+        [prompt_L < length_B[:, None], mx.broadcast_to(back_U[None] <= age_B[:, None], (len(age_B), used))], axis=1
+    )
+    out = {}
+    for window in windows:
+        near = seen
         if window is not None:
-            seen = seen & (distance < window)
-        own = mx.arange(self.used, end)[:, None] == mx.arange(end)[None]
-        return (seen | own[None])[:, None]
-
-    def take(self, rows: mx.array) -> None:
-        """Keep (or repeat) `rows`, in that order."""
-        self.valid_B_S = self.valid_B_S[rows]
-        self.position_B_S = self.position_B_S[rows]
-        self.offset_B = self.offset_B[rows]
+            position_B = length_B + age_B
+            distance = mx.concatenate(
+                [position_B[:, None] - prompt_L, mx.broadcast_to(back_U[None], (len(age_B), used))], axis=1
+            )
+            near = seen & (distance < window)
+        out[window] = near[:, None]
+    return out
 
 
-class LayerCache:
-    """One layer's keys and values, (rows, kv_heads, capacity, head_dim)."""
-
-    def __init__(self, columns: Columns, capacity: int):
-        self.columns = columns
-        self.capacity = capacity
-        self.keys: mx.array | None = None
-        self.values: mx.array | None = None
-
-    @property
-    def offset(self) -> mx.array:
-        """Position of the first coming token of each row, (rows,): what RoPE needs."""
-        return self.columns.offset_B
-
-    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
-        """Store the coming columns and return all columns so far."""
-        if self.keys is None:
-            rows, heads = keys.shape[:2]
-            self.keys = mx.zeros((rows, heads, self.capacity, keys.shape[3]), keys.dtype)
-            self.values = mx.zeros((rows, heads, self.capacity, values.shape[3]), values.dtype)
-        start, end = self.columns.used, self.columns.used + keys.shape[2]
-        self.keys[..., start:end, :] = keys
-        self.values[..., start:end, :] = values
-        return self.keys[..., :end, :], self.values[..., :end, :]
-
-    def make_mask(self, N: int, return_array: bool = False, window_size: int | None = None) -> mx.array:
-        """The mask of the coming columns (mlx-lm's `create_attention_mask` calls this)."""
-        return self.columns.mask(window_size)
-
-    def take(self, rows: mx.array) -> None:
-        """Keep (or repeat) `rows`, in that order."""
-        self.keys = self.keys[rows]
-        self.values = self.values[rows]
+def _written(own: Any, layer: int, keys: mx.array, values: mx.array, column: mx.array) -> tuple[mx.array, mx.array]:
+    for part, new in zip(own, (keys, values), strict=True):
+        part[layer] = mx.slice_update(part[layer], new, column, axes=(2,))
+    return own[0][layer], own[1][layer]
 
 
-class Cache:
-    """The caches of all layers of one model and their common columns."""
+def _widened(array: mx.array, width: int) -> mx.array:
+    """More columns (axis 2) of zeros on the right."""
+    missing = width - array.shape[2]
+    return mx.pad(array, [(0, 0), (0, 0), (0, missing), (0, 0)]) if missing > 0 else array
 
-    def __init__(self, layers: int, rows: int, capacity: int):
-        self.columns = Columns(rows, capacity)
-        self.layers = [LayerCache(self.columns, capacity) for _ in range(layers)]
 
-    def forward(self, model: Any, tokens_B_N: mx.array, valid_B_N: mx.array) -> mx.array:
-        """Run `model` over N more columns; hidden or logits (rows, N, …) as the model returns them."""
-        self.columns.begin(valid_B_N)
-        out = model(tokens_B_N, cache=self.layers)
-        self.columns.commit()
-        return out
+def _bucket(width: int) -> int:
+    return -(-width // RING_STEP) * RING_STEP
 
-    def take(self, rows: mx.array) -> None:
-        """Keep (or repeat) `rows` in every layer."""
-        self.columns.take(rows)
-        for layer in self.layers:
-            layer.take(rows)
+
+def _slots(group_B: np.ndarray) -> tuple[mx.array | None, mx.array | None]:
+    """The row in each of P × G places, short groups filled up with row 0, and the place of each row; None twice where
+    the rows already lie so."""
+    count = np.bincount(group_B)
+    size = int(count.max())
+    if len(group_B) == len(count) * size and (group_B == np.repeat(np.arange(len(count)), size)).all():
+        return None, None
+    slots = np.zeros((len(count), size), np.int64)
+    places = np.zeros(len(group_B), np.int64)
+    filled = np.zeros(len(count), np.int64)
+    for row, group in enumerate(group_B):
+        slots[group, filled[group]] = row
+        places[row] = group * size + filled[group]
+        filled[group] += 1
+    return mx.array(slots.reshape(-1)), mx.array(places)

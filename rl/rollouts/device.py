@@ -34,6 +34,24 @@ def steps_between_syncs() -> int:
     return 1 if backend() == "cpu" else 8
 
 
+def groups_share_keys() -> bool:
+    """Whether a group's prompt is held and multiplied once (`cache.Grouped`), rather than once a row (`cache.Joined`).
+
+    On CPU it saves most of attention's time at long prompts. Elsewhere it would trade one fused attention a layer for
+    about ten launches, of which decoding has too many already.
+    """
+    return backend() == "cpu"
+
+
+def compiles_steps() -> bool:
+    """Whether a decode step is compiled (`mx.compile`), for which its shapes stay in a few sizes.
+
+    It fuses launches, the floor of decoding on a GPU. A CPU has no launches to save, and its fused kernels are built by
+    the system's C++ compiler while the run waits.
+    """
+    return backend() != "cpu"
+
+
 def share_memory() -> None:
     """Bound what MLX keeps for reuse: trainer and sampler live in one memory, and freed buffers of many shapes pile up.
 
@@ -46,3 +64,8 @@ def share_memory() -> None:
 def peak_memory_bytes() -> int:
     """Peak bytes MLX has allocated in this process."""
     return int(mx.get_peak_memory())
+
+
+def reset_peak_memory() -> None:
+    """Begin counting the peak anew, from what is allocated now."""
+    mx.reset_peak_memory()

@@ -1,29 +1,59 @@
-"""The decode loop: each distinct prompt is prefilled once, completions end with their EOS, logprobs are float32.
+"""The decode loop: prompts are read once, rows come and go, completions end with EOS or a stop, logprobs are float32.
 
-What all prompts share (few-shot examples, a system message) is prefilled once for the whole batch.
+What all prompts share (few-shot examples, a system message) is read once for the whole call, a prompt once for all its
+completions. When rows finish, waiting prompts take their places, so that one long completion does not hold the others;
+when none waits, the batch shrinks.
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
 
-from rl.rollouts.cache import Cache
-from rl.rollouts.device import steps_between_syncs
+from rl.errors import UserError
+from rl.rollouts import cache, device
+from rl.rollouts.forward import head, hidden_states, prefill, prefill_last
 from rl.rollouts.result import Completion, Sampling, Totals
-from rl.rollouts.sampling import keys_for, sample
+from rl.rollouts.sampling import sample, uniforms_for
+from rl.rollouts.stops import stopped_at
+
+# waiting prompts are read together, when this share of the rows is free
+REFILL_SHARE = 0.25
 
 
 class Engine:
-    """Decodes completions from an mlx-lm model of the dense attention families (see rl/rollouts/load.py)."""
+    """Decodes completions from a model that `load.load_sampler` made.
 
-    def __init__(self, model: Any, eos_ids: Sequence[int], *, max_batch: int = 256, context: int | None = None):
+    `max_batch` bounds the rows that decode at once, `max_batch_tokens` the tokens whose keys and values are held at
+    once (`cache.bytes_per_token` each; while rows are moved, one layer more). `stop` are texts that end a completion,
+    `decode` the tokenizer's function from ids to text, needed for them alone. `grouped` and `compiled` are the
+    backend's choice where None (rl/rollouts/device.py).
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        eos_ids: Sequence[int],
+        *,
+        max_batch: int = 256,
+        max_batch_tokens: int | None = None,
+        context: int | None = None,
+        stop: Sequence[str] = (),
+        decode: Callable[[list[int]], str] | None = None,
+        grouped: bool | None = None,
+        compiled: bool | None = None,
+    ):
         self.model = model
         self.eos_ids = tuple(eos_ids)
-        self.max_batch = max_batch
+        self.max_batch, self.max_batch_tokens = max_batch, max_batch_tokens
         self.context = context
+        self.stop, self.decode = tuple(stop), decode
+        self.layout = cache.Grouped if (device.groups_share_keys() if grouped is None else grouped) else cache.Joined
+        self.compiled = device.compiles_steps() if compiled is None else compiled
+        self.look_every = device.steps_between_syncs()
+        self.steps: dict[tuple, Callable[..., Any]] = {}  # compiled steps by what they are compiled for
         self.totals = Totals()
 
     def generate(
@@ -34,11 +64,13 @@ class Engine:
         max_tokens: int,
         seed: int = 0,
         step: int = 0,
+        stop: Sequence[Sequence[str]] | None = None,
     ) -> list[Completion]:
         """One completion per prompt, in order; equal prompts share one prefill.
 
-        Row i draws from the stream (seed, step, i). Raises ValueError for an empty prompt or one that leaves no room
-        for `max_tokens` in the model's context.
+        Row i draws from the stream (seed, step, i); `stop` gives each row its own texts in place of the engine's.
+        Raises ValueError for an empty prompt or one that leaves no room for `max_tokens` in the model's context, and
+        UserError for one that `max_batch_tokens` has no room for.
         """
         for row, prompt in enumerate(prompts):
             if len(prompt) == 0:
@@ -48,21 +80,56 @@ class Engine:
                     f"prompt {row} has {len(prompt)} tokens and {max_tokens} more may follow, "
                     f"but the model's context is {self.context}"
                 )
+        if not prompts:
+            return []
+        stops = [self.stop] * len(prompts) if stop is None else [tuple(texts) for texts in stop]
+        if self.decode is None and any(stops):
+            raise ValueError("stop texts need the tokenizer's decode")
         started = time.perf_counter()
-        keys = keys_for(seed, step, np.arange(len(prompts)), max_tokens)
-        results: list[Completion | None] = [None] * len(prompts)
-        for rows in self._batches(prompts):
-            batch = _Batch(self, [tuple(prompts[i]) for i in rows], keys[rows], sampling, max_tokens)
-            for i, completion in zip(rows, batch.run(), strict=True):
-                results[i] = completion
-        new = sum(len(c.tokens) for c in results if c is not None)
+        pool = _Pool(self, [tuple(p) for p in prompts], sampling, max_tokens, (seed, step), stops)
+        done = pool.run()
+        new = sum(len(c.tokens) for c in done)
         self.totals.add(sum(len(p) for p in prompts), new, time.perf_counter() - started)
-        return [c for c in results if c is not None]
+        return done
 
-    def _batches(self, prompts: Sequence[Sequence[int]]) -> list[list[int]]:
-        """Row indices in batches of at most `max_batch`, equal prompts together and lengths near each other."""
-        order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), tuple(prompts[i]), i))
-        return [order[i : i + self.max_batch] for i in range(0, len(order), self.max_batch)]
+    def step(self, sampling: Sampling, max_tokens: int, width: int, used: int) -> Callable[..., Any]:
+        """A decode step for these sizes, compiled where the engine compiles."""
+        key = (sampling, max_tokens, width, used)
+        if not self.compiled:
+            return decode_step(self.model, self.layout, *key)
+        if key not in self.steps:
+            # the weights are an input: compiled in as constants they would stay those of the first sync
+            self.steps[key] = mx.compile(decode_step(self.model, self.layout, *key), inputs=[self.model.state])
+        return self.steps[key]
+
+
+def decode_step(
+    model: Any, layout: type, sampling: Sampling | None, max_tokens: int, width: int, used: int
+) -> Callable[..., Any]:
+    """A function that stores one token of each row and draws the next: (tokens, logprobs, finite), each (B,), and the
+    cache's arrays. Without `sampling` it gives logits (B, V) instead of the three."""
+    windows = model.args.windows
+
+    def step(
+        token_B: mx.array, now: mx.array, length_B: mx.array, born_B: mx.array, uniforms_B_T_2: mx.array, arrays: Any
+    ) -> tuple[Any, Any]:
+        age_B = now - born_B
+        seen = cache.masks(set(windows), length_B, age_B, now, width, used, max_tokens)
+        column = now % max_tokens + (width if layout is cache.Joined else 0)
+
+        def attend(layer: int, queries: mx.array, keys: mx.array, values: mx.array, scale: float) -> mx.array:
+            return layout.attend(arrays, layer, queries, keys, values, scale, column, seen[windows[layer]])
+
+        hidden = hidden_states(model, token_B[:, None], length_B + age_B, attend)
+        logits_B_V = head(model, hidden[:, -1])
+        if sampling is None:
+            return logits_B_V, arrays["own"]
+        # a row that goes on after its end, until the next look, has no numbers of its own left
+        coming_B = mx.minimum(age_B + 1, max_tokens - 1)
+        uniforms_B_2 = mx.take_along_axis(uniforms_B_T_2, coming_B[:, None, None], axis=1)[:, 0]
+        return sample(logits_B_V, uniforms_B_2, sampling), arrays["own"]
+
+    return step
 
 
 def common_prefix(prompts: Sequence[Sequence[int]]) -> int:
@@ -75,95 +142,189 @@ def common_prefix(prompts: Sequence[Sequence[int]]) -> int:
     return shortest
 
 
-class _Batch:
-    """One pass of prefill and decode over rows that fit together."""
+class _Pool:
+    """The requests of one call, and the rows in which they decode."""
 
     def __init__(
         self,
         engine: Engine,
         prompts: list[tuple[int, ...]],
-        keys: np.ndarray,
         sampling: Sampling,
         max_tokens: int,
+        stream: tuple[int, int],
+        stops: Sequence[tuple[str, ...]],
     ):
-        self.engine, self.sampling, self.max_tokens = engine, sampling, max_tokens
-        self.prompts = prompts
-        self.keys_B_T_2 = mx.array(keys)
-        self.eos = mx.array(engine.eos_ids, dtype=mx.int32)
+        self.engine, self.prompts, self.sampling, self.max_tokens = engine, prompts, sampling, max_tokens
+        self.stream, self.stops = stream, stops
+        # long prompts first: the room that a row's prompt takes shrinks when the last of them is done
+        self.waiting = sorted(range(len(prompts)), key=lambda i: (-len(prompts[i]), prompts[i], i))
+        self.tokens = np.zeros((len(prompts), max_tokens), np.int64)
+        self.logprobs = np.zeros((len(prompts), max_tokens), np.float32)
+        self.count = np.zeros(len(prompts), np.int64)  # tokens drawn for each request
+        self.done: list[Completion | None] = [None] * len(prompts)
+        self.layout = engine.layout(max_tokens)
+        self.groups: list[tuple[int, ...]] = []  # the prompt of each group of the layout
+        self.last_P_D: mx.array | None = None  # the hidden state after each group's prompt
+        self.owner = np.zeros(0, np.int64)  # request of each row, -1 where it is idle
+        self.born = np.zeros(0, np.int64)
+        self.now = 0
+        distinct = sorted(set(prompts))
+        self.shared = common_prefix(distinct) if len(distinct) > 1 else 0
+        self.common = prefill(engine.model, [distinct[0][: self.shared]])[1] if self.shared else None
 
     def run(self) -> list[Completion]:
-        logits_B_V, cache = self._prefill()
-        tokens, logprobs, finite = self._decode(logits_B_V, cache)
-        return [self._completion(tokens[i], logprobs[i], bool(finite[i])) for i in range(len(self.prompts))]
+        rows = min(self.engine.max_batch, len(self.prompts))
+        while rows > 1 and not self._fits(rows, self._distinct(rows), len(self.prompts[self.waiting[0]])):
+            rows -= 1
+        if not self._fits(rows, 1, len(self.prompts[self.waiting[0]])):
+            raise UserError(
+                f"[rollout] max_batch_tokens: found {self.engine.max_batch_tokens}, valid: ≥ the longest prompt's "
+                f"{len(self.prompts[self.waiting[0]])} tokens and {self.max_tokens} more"
+            )
+        self.owner, self.born = np.full(rows, -1), np.zeros(rows, np.int64)
+        self.token_B, self.length_B = mx.zeros(rows, mx.int32), mx.ones(rows, mx.int32)
+        self.uniforms_B_T_2 = mx.zeros((rows, self.max_tokens, 2))
+        while self.waiting or (self.owner >= 0).any():
+            self._make_room()
+            if (self.owner >= 0).any():
+                self._decode()
+        return [c for c in self.done if c is not None]
 
-    def _prefill(self) -> tuple[mx.array, Cache]:
-        distinct = sorted(set(self.prompts))
-        shared = common_prefix(distinct)
-        longest = max(len(p) for p in distinct) - shared
-        model = self.engine.model
-        cache = Cache(len(model.layers), 1, shared + longest + self.max_tokens)
-        if shared > 0:
-            cache.forward(model.model, mx.array([distinct[0][:shared]]), mx.ones((1, shared), mx.bool_))
-        cache.columns.take(mx.zeros(len(distinct), mx.int32))
-        for layer in cache.layers:
-            if layer.keys is not None:
-                layer.take(mx.zeros(len(distinct), mx.int32))
-        suffixes = [p[shared:] for p in distinct]
-        tokens = mx.array([[0] * (longest - len(s)) + list(s) for s in suffixes], dtype=mx.int32)
-        valid = mx.array([[False] * (longest - len(s)) + [True] * len(s) for s in suffixes])
-        hidden = cache.forward(model.model, tokens, valid)
-        logits = head(model, hidden[:, -1])
-        where = {p: i for i, p in enumerate(distinct)}
-        rows = mx.array([where[p] for p in self.prompts])
-        cache.take(rows)
-        return logits[rows], cache
+    def _distinct(self, rows: int) -> int:
+        return len({self.prompts[i] for i in self.waiting[:rows]})
 
-    def _decode(self, logits_B_V: mx.array, cache: Cache) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Tokens (B, T), logprobs (B, T) and finiteness (B,); what follows a row's EOS is to be ignored."""
-        total = len(self.prompts)
-        tokens = np.full((total, self.max_tokens), self.engine.eos_ids[0], dtype=np.int64)
-        logprobs = np.zeros((total, self.max_tokens), dtype=np.float32)
-        finite = np.ones(total, dtype=bool)
-        alive = np.arange(total)  # which completion each batch row belongs to
-        done_B = mx.zeros((total,), mx.bool_)
-        pending: list[tuple[mx.array, mx.array, mx.array]] = []
-        look_every = steps_between_syncs()
-        one = mx.ones((total, 1), mx.bool_)
-        keys_B_T_2 = self.keys_B_T_2
-        for t in range(self.max_tokens):
-            token_B, logprob_B, finite_B = sample(logits_B_V, keys_B_T_2[:, t], self.sampling)
-            pending.append((token_B, logprob_B, finite_B | done_B))
-            done_B = done_B | (token_B[:, None] == self.eos[None]).any(axis=1)
-            last = t + 1 == self.max_tokens
-            if last or len(pending) == look_every:
-                mx.eval(pending, done_B)
-                begin = t + 1 - len(pending)
-                for i, (token, logprob, fine) in enumerate(pending):
-                    tokens[alive, begin + i] = np.array(token)
-                    logprobs[alive, begin + i] = np.array(logprob)
-                    finite[alive] &= np.array(fine)
-                pending = []
-                going = np.flatnonzero(~np.array(done_B) & finite[alive])
-                if last or len(going) == 0:
-                    break
-                if len(going) <= 0.75 * len(alive):
-                    rows = mx.array(going)
-                    cache.take(rows)
-                    alive, token_B, done_B = alive[going], token_B[rows], done_B[rows]
-                    keys_B_T_2, one = keys_B_T_2[rows], one[rows]
-            logits_B_V = head(self.engine.model, cache.forward(self.engine.model.model, token_B[:, None], one)[:, -1])
-        return tokens, logprobs, finite
+    def _fits(self, rows: int, groups: int, width: int) -> bool:
+        held = width * (groups if self.engine.layout is cache.Grouped else rows) + rows * self.max_tokens
+        return self.engine.max_batch_tokens is None or held + self.shared <= self.engine.max_batch_tokens
 
-    def _completion(self, tokens: np.ndarray, logprobs: np.ndarray, finite: bool) -> Completion:
-        if not finite:
-            return Completion([self.engine.eos_ids[0]], [float("nan")], finite=False)
-        ends = np.flatnonzero(np.isin(tokens, self.engine.eos_ids))
-        length = int(ends[0]) + 1 if len(ends) else len(tokens)
-        return Completion(tokens[:length].tolist(), logprobs[:length].tolist())
+    def _make_room(self) -> None:
+        """Let waiting requests in where enough rows are free; where none waits, let go of rows that are free."""
+        free = np.flatnonzero(self.owner < 0)
+        alive = np.flatnonzero(self.owner >= 0)
+        if self.waiting:
+            if len(free) >= max(1, REFILL_SHARE * len(self.owner)):
+                self._admit(free)
+        elif self.engine.compiled:
+            if 0 < len(alive) <= len(self.owner) // 2:  # few sizes, so that a step is compiled for few
+                self._shrink(np.sort(np.concatenate([alive, free])[: -(-len(self.owner) // 2)]))
+        elif 0 < len(alive) <= (1 - REFILL_SHARE) * len(self.owner):
+            self._shrink(alive)
 
+    def _admit(self, free: np.ndarray) -> None:
+        """Put waiting requests into the rows `free`, as many as memory has room for; read the prompts that are new."""
+        alive = {int(g) for g in self.layout.group[self.owner >= 0]} if len(self.layout.group) else set()
+        width = max([len(self.prompts[i]) for i in self.owner[self.owner >= 0]] + [len(self.prompts[self.waiting[0]])])
+        new: list[tuple[int, ...]] = []
+        taken: list[int] = []
+        kept = {self.groups[g] for g in alive}
+        for request in self.waiting[: len(free)]:
+            prompt = self.prompts[request]
+            more = prompt not in kept and prompt not in new
+            if taken and not self._fits(len(self.owner), len(kept) + len(new) + more, width):
+                break
+            taken.append(request)
+            if more and (found := self._group_of(prompt)) is not None:
+                alive.add(found)
+                kept.add(prompt)
+            elif more:
+                new.append(prompt)
+        del self.waiting[: len(taken)]
+        keep = sorted(alive)
+        fresh = None
+        last = [] if self.last_P_D is None else [self.last_P_D[mx.array(np.array(keep, np.int64))]]
+        if new:
+            hidden, fresh = prefill_last(self.engine.model, [p[self.shared :] for p in new], self.common)
+            last.append(hidden)
+        self.last_P_D = mx.concatenate(last)
+        self.groups = [self.groups[g] for g in keep] + new
+        rows = free[: len(taken)]
+        where = {prompt: g for g, prompt in enumerate(self.groups)}
+        groups = np.array([where[self.prompts[request]] for request in taken])
+        self.layout.place(rows, groups, fresh, keep, len(self.owner))
+        self.layout.narrow(width)
+        self.owner[rows], self.born[rows] = taken, self.now
+        self._first_tokens(rows, np.array(taken), groups)
 
-def head(model: Any, hidden: mx.array) -> mx.array:
-    """Logits of the last hidden states: the tied embedding or the head, as in mlx-lm's `Model.__call__`."""
-    if getattr(model.args, "tie_word_embeddings", True):
-        return model.model.embed_tokens.as_linear(hidden)
-    return model.lm_head(hidden)
+    def _group_of(self, prompt: tuple[int, ...]) -> int | None:
+        """A group that still holds this prompt though none of its rows runs."""
+        found = [g for g in self.layout.held() if self.groups[g] == prompt]
+        return found[0] if found else None
+
+    def _first_tokens(self, rows: np.ndarray, requests: np.ndarray, groups: np.ndarray) -> None:
+        uniforms = mx.array(uniforms_for(*self.stream, requests, self.max_tokens))
+        logits_P_V = head(self.engine.model, self.last_P_D)
+        drawn = sample(logits_P_V[mx.array(groups)], uniforms[:, 0], self.sampling)
+        mx.eval(drawn)
+        where = mx.array(rows)
+        self.uniforms_B_T_2[where] = uniforms
+        self.token_B[where] = drawn[0]
+        self.length_B[where] = mx.array([len(self.prompts[i]) for i in requests], dtype=mx.int32)
+        self._note(rows, [drawn])
+
+    def _decode(self) -> None:
+        """So many steps as lie between two looks, and the look."""
+        pending = []
+        length_B, born_B = self.length_B, mx.array(self.born.astype(np.int32))
+        for _ in range(self.engine.look_every):
+            if self.now >= self.layout.ring:
+                self.layout.grow(min(2 * self.layout.ring, self.max_tokens))
+            used = self.layout.ring if self.engine.compiled else min(self.now + 1, self.layout.ring)
+            step = self.engine.step(self.sampling, self.max_tokens, self.layout.width, used)
+            drawn, own = step(
+                self.token_B, mx.array(self.now), length_B, born_B, self.uniforms_B_T_2, self.layout.arrays()
+            )
+            self.layout.store(own)
+            self.token_B = drawn[0]
+            mx.async_eval(drawn, own)
+            pending.append(drawn)
+            self.now += 1
+        mx.eval(pending)
+        self._note(np.arange(len(self.owner)), pending)
+
+    def _note(self, rows: np.ndarray, pending: list[tuple[mx.array, mx.array, mx.array]]) -> None:
+        """Write down what was drawn in `rows`, and end the requests that are at their end."""
+        rows_here = np.flatnonzero(self.owner[rows] >= 0)
+        requests = self.owner[rows][rows_here]
+        before = self.count[requests]
+        finite = np.ones(len(requests), bool)
+        ends = np.zeros(len(requests), bool)
+        for token, logprob, fine in pending:
+            going = np.flatnonzero(self.count[requests] < self.max_tokens)
+            into, at = requests[going], self.count[requests[going]]
+            self.tokens[into, at] = np.array(token)[rows_here[going]]
+            self.logprobs[into, at] = np.array(logprob)[rows_here[going]]
+            # what is not finite after a row's end is not its own
+            finite[going] &= np.array(fine)[rows_here[going]] | ends[going]
+            ends[going] |= np.isin(self.tokens[into, at], self.engine.eos_ids)
+            self.count[into] += 1
+        for row, request, first, fine in zip(rows[rows_here], requests, before, finite, strict=True):
+            length = self._length(request, first)
+            if not fine:
+                self.done[request] = Completion([self.engine.eos_ids[0]], [float("nan")], finite=False)
+            elif length is not None:
+                tokens, logprobs = self.tokens[request, :length].tolist(), self.logprobs[request, :length].tolist()
+                self.done[request] = Completion(tokens, logprobs)
+            if self.done[request] is not None:
+                self.owner[row] = -1
+
+    def _length(self, request: int, before: int) -> int | None:
+        """Tokens of a completion that has ended since it had `before` of them; None when it goes on."""
+        count = int(self.count[request])
+        ends = np.flatnonzero(np.isin(self.tokens[request, before:count], self.engine.eos_ids))
+        length = int(before + ends[0]) + 1 if len(ends) else None
+        if self.stops[request]:
+            until = self.tokens[request, : length or count].tolist()
+            stopped = stopped_at(until, len(until) - before, self.stops[request], self.engine.decode)
+            length = length if stopped is None else stopped
+        return count if length is None and count == self.max_tokens else length
+
+    def _shrink(self, rows: np.ndarray) -> None:
+        """Keep `rows` alone."""
+        kept = self.layout.keep(rows)
+        self.groups = [self.groups[g] for g in kept]
+        self.last_P_D = None if not kept else self.last_P_D[mx.array(kept)]
+        self.owner, self.born = self.owner[rows], self.born[rows]
+        index = mx.array(rows)
+        self.token_B, self.length_B = self.token_B[index], self.length_B[index]
+        self.uniforms_B_T_2 = self.uniforms_B_T_2[index]
+        self.layout.narrow(max(len(self.prompts[i]) for i in self.owner[self.owner >= 0]))

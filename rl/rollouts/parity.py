@@ -9,8 +9,7 @@ import numpy as np
 import torch
 
 from rl.errors import RunFailed
-from rl.rollouts.cache import Cache
-from rl.rollouts.engine import head
+from rl.rollouts.forward import head, prefill
 
 # mean |dlogp| on random tokens above which the two are not the same policy, by the sampler's dtype
 TOLERANCE = {"float32": 2e-3, "float16": 3e-2, "bfloat16": 2e-1}
@@ -34,16 +33,15 @@ def probe(vocabulary: int, lengths: tuple[int, ...] = (5, 9, 14), seed: int = 0)
 
 
 def sampler_logprobs(model: nn.Module, rows: list[list[int]]) -> list[np.ndarray]:
-    """Teacher-forced float32 logprobs of tokens 1… of each row, through the padded batch cache of the engine."""
+    """Teacher-forced float32 logprobs of tokens 1… of each row, read together as the engine reads prompts."""
     longest = max(len(r) for r in rows)
-    cache = Cache(len(model.layers), len(rows), longest)
-    tokens = mx.array([[0] * (longest - len(r)) + r for r in rows])
-    valid = mx.array([[False] * (longest - len(r)) + [True] * len(r) for r in rows])
-    logits = head(model, cache.forward(model.model, tokens, valid)).astype(mx.float32)
+    hidden, _ = prefill(model, rows)
+    logits = head(model, hidden).astype(mx.float32)
     logprobs = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+    tokens = mx.array([r + [0] * (longest - len(r)) for r in rows])
     chosen = mx.take_along_axis(logprobs[:, :-1], tokens[:, 1:, None], axis=-1)[..., 0]
     mx.eval(chosen)
-    return [np.array(chosen[i, longest - len(r) :]) for i, r in enumerate(rows)]
+    return [np.array(chosen[i, : len(r) - 1]) for i, r in enumerate(rows)]
 
 
 @torch.no_grad()
@@ -116,18 +114,12 @@ def first_difference(trainer: Any, sampler: nn.Module, row: list[int], threshold
         value = float(np.linalg.norm(mine - seen[name]) / (np.linalg.norm(seen[name]) + 1e-30))
         return value if np.isfinite(value) else float("inf")
 
-    hidden = sampler.model.embed_tokens(mx.array([row]))
-    found = error("model.embed_tokens", hidden)
-    if found > threshold:
-        return "model.embed_tokens", found
-    for i, layer in enumerate(sampler.model.layers):
-        attended = layer.self_attn(layer.input_layernorm(hidden), "causal", None)
-        middle = hidden + attended
-        fed = layer.mlp(layer.post_attention_layernorm(middle))
-        hidden = middle + fed
-        for part, value in ((".self_attn", attended), (".mlp", fed), ("", hidden)):
-            found = error(f"model.layers.{i}{part}", value)
-            if found > threshold:
-                return f"model.layers.{i}{part}", found
+    found: list[tuple[str, float]] = []
+
+    def look(name: str, value: mx.array) -> None:
+        found.append((name, error(name, value)))
+
+    hidden, _ = prefill(sampler, [row], look=look)
     seen["lm_head"] = logits.float().cpu().numpy().reshape(-1, logits.shape[-1])
-    return "lm_head", error("lm_head", head(sampler, sampler.model.norm(hidden)))
+    found.append(("lm_head", error("lm_head", head(sampler, hidden))))
+    return next((pair for pair in found if pair[1] > threshold), found[-1])

@@ -1,6 +1,10 @@
-"""The sampler a trainer talks to: an MLX copy of the policy that is synced, checked and drawn from."""
+"""The sampler a trainer talks to: an MLX copy of the policy that is synced, checked and drawn from.
 
-from collections.abc import Sequence
+Under `copy` precision it is a quantized one of the merged weights, made anew at every sync. That is another policy than
+the trainer's, and an adapter's small steps are lost between the quantization's: it exists to measure that.
+"""
+
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,15 +34,27 @@ class MLXSampler:
 
     name = "mlx"
 
-    def __init__(self, model: nn.Module, engine: Engine, *, dtype: str, precision: str, packed: bool):
-        self.model, self.engine = model, engine
-        self.dtype, self.precision, self.packed = dtype, precision, packed
+    def __init__(
+        self,
+        model: nn.Module,
+        engine: Engine,
+        *,
+        folder: Path,
+        dtype: str,
+        precision: str,
+        packed: bool,
+        quantize: tuple[int, int] | None = None,
+    ):
+        self.model, self.engine, self.folder = model, engine, folder
+        self.dtype, self.precision, self.packed, self.quantize = dtype, precision, packed, quantize
         self.adapted = False
         self.syncs = SyncTotals()
 
     def sync(self, policy: Any) -> sync.SyncReport:
         """Copy the policy's adapter (if it has one) or all its weights; raises SyncError when they do not fit."""
-        if hasattr(policy, "peft_config"):
+        if self.quantize is not None:
+            report = sync.sync_quantized(self.model, sync.merged_weights(policy), *self.quantize)
+        elif hasattr(policy, "peft_config"):
             adapters = sync.adapter_tensors(policy)
             if not self.adapted:
                 sync.attach_adapter(self.model, adapters)
@@ -53,7 +69,15 @@ class MLXSampler:
         return report
 
     def check(self, policy: Any, vocabulary: int) -> parity.Parity:
-        """Teacher-forced logprobs against the trainer's; raises RunFailed naming the layer when they differ."""
+        """Teacher-forced logprobs against the trainer's; raises RunFailed naming the layer when they differ.
+
+        A `copy` differs by design: there the same weights unquantized are checked so, and its difference is told.
+        """
+        if self.quantize is not None:
+            exact = load_sampler(self.folder, self.dtype)
+            sync.sync_weights(exact, sync.merged_weights(policy))
+            parity.check(policy, exact, self.dtype, vocabulary)
+            return parity.compare(policy, self.model, parity.probe(vocabulary))
         return parity.check(policy, self.model, self.dtype, vocabulary)
 
     def generate(
@@ -75,11 +99,30 @@ def build(
     eos_ids: Sequence[int],
     context: int | None,
     max_batch: int = 256,
+    max_batch_tokens: int | None = None,
+    quantize: tuple[int, int] | None = None,
+    stop: Sequence[str] = (),
+    decode: Callable[[list[int]], str] | None = None,
 ) -> MLXSampler:
-    """Load `folder` for sampling. Under `shared` the packed weights in `mlx/` are used where quantized products are
-    fast, and their dequantized values elsewhere: the same policy either way."""
+    """Load `folder` for sampling. Under `shared` the packed weights in `mlx/`, under `copy` those of `quantize` (bits,
+    group size), are used where quantized products are fast, and their dequantized values elsewhere: the same policy
+    either way. Raises UserError where the group size does not divide a layer's inputs.
+    """
     device.share_memory()
     packed = precision == "shared" and device.keeps_packed_weights() and (folder / "mlx" / "config.json").exists()
     model = load_sampler(folder, dtype, packed=packed)
-    engine = Engine(model, eos_ids, max_batch=max_batch, context=context)
-    return MLXSampler(model, engine, dtype=dtype, precision=precision, packed=packed)
+    if quantize is not None:
+        bits, group_size = quantize
+        sync.check_group_size(model, group_size)
+        if packed := device.keeps_packed_weights():
+            nn.quantize(model, group_size=group_size, bits=bits)
+    engine = Engine(
+        model,
+        eos_ids,
+        max_batch=max_batch,
+        max_batch_tokens=max_batch_tokens,
+        context=context,
+        stop=stop,
+        decode=decode,
+    )
+    return MLXSampler(model, engine, folder=folder, dtype=dtype, precision=precision, packed=packed, quantize=quantize)

@@ -14,7 +14,7 @@ import mlx.nn as nn
 import torch
 from mlx.utils import tree_flatten, tree_unflatten
 
-from rl.errors import RunFailed
+from rl.errors import RunFailed, UserError
 
 # tensors copied together: large enough that the count of copies does not matter, small beside any model
 PART_BYTES = 64 << 20
@@ -92,15 +92,83 @@ def sync_weights(sampler: nn.Module, named: Iterable[tuple[str, torch.Tensor]]) 
     return _copy(sampler, pairs, held)
 
 
-def _copy(sampler: nn.Module, pairs: list[tuple[str, torch.Tensor]], held: dict[str, mx.array]) -> SyncReport:
+@torch.no_grad()
+def merged_weights(policy: Any) -> Iterator[tuple[str, torch.Tensor]]:
+    """All weights under the base model's names, with the adapter (if there is one) added in: W + scale B A."""
+    if not hasattr(policy, "peft_config"):
+        yield from policy.named_parameters()
+        return
+    adapters = adapter_tensors(policy)
+    for name, weight in policy.get_base_model().named_parameters():
+        if ".lora_" in name:
+            continue
+        name = name.replace(".base_layer.", ".")
+        if name.endswith(".weight") and (path := name.removesuffix(".weight")) in adapters:
+            a, b, scale = adapters[path]
+            weight = weight + scale * (b.to(weight.dtype) @ a.to(weight.dtype))
+        yield name, weight
+
+
+def check_group_size(sampler: nn.Module, group_size: int) -> None:
+    """Raise UserError when a layer that would be quantized has inputs that the group size does not divide."""
+    for name, module in sampler.named_modules():
+        if hasattr(module, "to_quantized") and module.weight.shape[-1] % group_size:
+            raise UserError(
+                f"[rollout] group_size: found {group_size}, which does not divide the {module.weight.shape[-1]} inputs "
+                f"of {name}, valid: 32, 64 or 128 that does"
+            )
+
+
+def sync_quantized(
+    sampler: nn.Module, named: Iterable[tuple[str, torch.Tensor]], bits: int, group_size: int
+) -> SyncReport:
+    """Quantize and copy all weights of a model without adapters: MLX's affine quantization of every linear layer and
+    embedding from float32 values, as `mx.quantize` rounds them. A sampler that holds floating-point weights gets the
+    dequantized values, the same policy. `bytes` are those of the trainer's tensors."""
     started = time.perf_counter()
-    sent = {name for name, _ in pairs}
-    if sent != held.keys():
-        missing, extra = sorted(held.keys() - sent), sorted(sent - held.keys())
+    layers = {n: m for n, m in sampler.named_modules() if hasattr(m, "to_quantized") or hasattr(m, "scales")}
+    held = dict(tree_flatten(sampler.parameters()))
+    tied = "lm_head.weight" not in held
+    pairs = [(name, tensor) for name, tensor in named if not (tied and name == "lm_head.weight")]
+    parts = {f"{stem}.{kind}" for stem in layers for kind in ("scales", "biases")}
+    _check_names((name for name, _ in pairs), held.keys() - parts)
+    arrays: list[tuple[str, mx.array]] = []
+    for part in _parts(pairs):
+        for name, array in _transfer(part):
+            stem, _, kind = name.rpartition(".")
+            if kind != "weight" or stem not in layers:
+                arrays.append((name, array.astype(held[name].dtype)))
+                continue
+            packed = mx.quantize(array.astype(mx.float32), group_size=group_size, bits=bits)
+            if f"{stem}.scales" in held:
+                named_parts = zip(("weight", "scales", "biases"), packed, strict=True)
+                arrays += [(f"{stem}.{k}", v.astype(held[f"{stem}.{k}"].dtype)) for k, v in named_parts]
+            else:
+                values = mx.dequantize(*packed, group_size=group_size, bits=bits)
+                arrays.append((name, values.astype(held[name].dtype)))
+        mx.eval([array for _, array in arrays])
+    for name, array in arrays:
+        if array.shape != held[name].shape:
+            raise SyncError(f"{name}: the trainer's shape is {array.shape}, the sampler's {held[name].shape}")
+    size = sum(tensor.numel() * tensor.element_size() for _, tensor in pairs)
+    sampler.load_weights(arrays, strict=False)  # names were checked above: exactly the held ones
+    return SyncReport(len(pairs), size, time.perf_counter() - started)
+
+
+def _check_names(sent: Iterable[str], held: Iterable[str]) -> None:
+    """Raise SyncError unless the trainer's tensors are those that the sampler holds."""
+    sent, held = set(sent), set(held)
+    if sent != held:
+        missing, extra = sorted(held - sent), sorted(sent - held)
         raise SyncError(
-            f"{len(pairs)} tensors sent, {len(held)} held by the sampler; "
+            f"{len(sent)} tensors sent, {len(held)} held by the sampler; "
             f"missing {missing[:3] or 'none'}, unknown {extra[:3] or 'none'}"
         )
+
+
+def _copy(sampler: nn.Module, pairs: list[tuple[str, torch.Tensor]], held: dict[str, mx.array]) -> SyncReport:
+    started = time.perf_counter()
+    _check_names((name for name, _ in pairs), held)
     for name, tensor in pairs:
         if tuple(tensor.shape) != tuple(held[name].shape):
             raise SyncError(f"{name}: the trainer's shape is {tuple(tensor.shape)}, the sampler's {held[name].shape}")

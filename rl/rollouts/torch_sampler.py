@@ -4,12 +4,13 @@ Slow and simple. It exists to compare with, and for models the MLX engine refuse
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
 from rl.rollouts.result import Completion, Sampling, Totals
+from rl.rollouts.stops import stopped_at
 
 
 class TorchSampler:
@@ -18,8 +19,17 @@ class TorchSampler:
     name = "torch"
     precision = "full"
 
-    def __init__(self, policy: Any, eos_ids: Sequence[int], pad_id: int, max_batch: int = 64):
+    def __init__(
+        self,
+        policy: Any,
+        eos_ids: Sequence[int],
+        pad_id: int,
+        max_batch: int = 64,
+        stop: Sequence[str] = (),
+        decode: Callable[[list[int]], str] | None = None,
+    ):
         self.policy, self.eos_ids, self.pad_id, self.max_batch = policy, list(eos_ids), pad_id, max_batch
+        self.stop, self.decode = tuple(stop), decode
         self.totals = Totals()
 
     @torch.no_grad()
@@ -72,6 +82,8 @@ class TorchSampler:
 
     def _cut(self, tokens: list[int], logprobs: list[float]) -> Completion:
         length = next((i + 1 for i, t in enumerate(tokens) if t in self.eos_ids), len(tokens))
+        if self.stop:
+            length = stopped_at(tokens[:length], length, self.stop, self.decode) or length
         return Completion(tokens[:length], logprobs[:length])
 
     def release(self) -> None:

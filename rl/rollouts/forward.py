@@ -1,0 +1,156 @@
+"""One forward pass over mlx-lm's layers, with the attention left to the caller.
+
+mlx-lm's own model calls cannot share one prompt's keys among the rows of a group, know no sliding windows for Qwen,
+and take windows from caches that cannot be refilled. Its layers (weights, norms, RoPE, LoRA, quantized products) are
+used as they are; only the way through them is here. Families: rl/rollouts/families.py.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+# queries (B, heads, N, D), keys and values (B, kv_heads, N, D) of layer i and its scale -> (B, heads, N, D)
+Attend = Callable[[int, mx.array, mx.array, mx.array, float], mx.array]
+# tokens that go through the layers at once when prompts are read
+PREFILL_TOKENS = 16_384
+
+
+def hidden_states(
+    model: Any,
+    tokens_B_N: mx.array,
+    offset: int | mx.array,
+    attend: Attend,
+    look: Callable[[str, mx.array], None] = lambda name, value: None,
+) -> mx.array:
+    """Normed hidden states (B, N, width); `offset` is the position of column 0, for all rows or of each.
+
+    `look` hears the output of the embedding and of each layer's attention, feed-forward and sum, in order.
+    """
+    inner, args = model.model, model.args
+    gemma = args.model_type == "gemma3_text"
+    x = inner.embed_tokens(tokens_B_N)
+    if gemma:
+        x = x * mx.array(args.hidden_size**0.5).astype(x.dtype)
+    look("model.embed_tokens", x)
+    for i, layer in enumerate(inner.layers):
+        name = f"model.layers.{i}"
+        attended = _attention(layer.self_attn, layer.input_layernorm(x), offset, attend, i)
+        look(f"{name}.self_attn", attended)
+        if gemma:
+            middle = _residual(x, layer.post_attention_layernorm(attended))
+            fed = layer.mlp(layer.pre_feedforward_layernorm(middle))
+            x = _residual(middle, layer.post_feedforward_layernorm(fed))
+        else:
+            middle = x + attended
+            fed = layer.mlp(layer.post_attention_layernorm(middle))
+            x = middle + fed
+        look(f"{name}.mlp", fed)
+        look(name, x)
+    return inner.norm(x)
+
+
+def head(model: Any, hidden: mx.array) -> mx.array:
+    """Logits of hidden states: by the head, or by the embedding it is tied to."""
+    return model.lm_head(hidden) if "lm_head" in model else model.model.embed_tokens.as_linear(hidden)
+
+
+def _attention(module: Any, x: mx.array, offset: int | mx.array, attend: Attend, layer: int) -> mx.array:
+    rows, length, _ = x.shape
+    queries = module.q_proj(x).reshape(rows, length, module.n_heads, -1)
+    keys = module.k_proj(x).reshape(rows, length, module.n_kv_heads, -1)
+    values = module.v_proj(x).reshape(rows, length, module.n_kv_heads, -1).transpose(0, 2, 1, 3)
+    if "q_norm" in module:
+        queries, keys = module.q_norm(queries), module.k_norm(keys)
+    queries = module.rope(queries.transpose(0, 2, 1, 3), offset=offset)
+    keys = module.rope(keys.transpose(0, 2, 1, 3), offset=offset)
+    out = attend(layer, queries, keys, values, module.scale)
+    return module.o_proj(out.transpose(0, 2, 1, 3).reshape(rows, length, -1))
+
+
+def _residual(x: mx.array, y: mx.array) -> mx.array:
+    """x + y, kept inside float16's range, which Gemma's sums leave."""
+    if x.dtype != mx.float16:
+        return x + y
+    most = mx.finfo(mx.float16).max
+    return mx.clip(x.astype(mx.float32) + y.astype(mx.float32), -most, most).astype(mx.float16)
+
+
+@dataclass
+class Prefilled:
+    """Prompts that went through the model: per layer keys and values (P, kv_heads, L, D), and each prompt's length.
+
+    Prompt p's tokens are in columns 0 to lengths[p] - 1; what lies to the right of them is to be masked.
+    """
+
+    keys: list[mx.array]
+    values: list[mx.array]
+    lengths: np.ndarray
+
+
+def prefill(
+    model: Any,
+    prompts: Sequence[Sequence[int]],
+    common: Prefilled | None = None,
+    look: Callable[[str, mx.array], None] = lambda name, value: None,
+) -> tuple[mx.array, Prefilled]:
+    """Read token rows, padded on the right: hidden states (P, longest, width) and what decoding needs of them.
+
+    `common` is one prompt that all of them continue; it is not read again, and `lengths` count it.
+    """
+    before = 0 if common is None else int(common.lengths[0])
+    longest = max(len(p) for p in prompts)
+    tokens = mx.array([list(p) + [0] * (longest - len(p)) for p in prompts], dtype=mx.int32)
+    out = Prefilled([], [], np.array([before + len(p) for p in prompts]))
+    masks: dict[int | None, Any] = {}
+
+    def attend(layer: int, queries: mx.array, keys: mx.array, values: mx.array, scale: float) -> mx.array:
+        if common is not None:
+            shape = (len(prompts), -1, -1, -1)
+            keys = mx.concatenate([_spread(common.keys[layer], shape), keys], axis=2)
+            values = mx.concatenate([_spread(common.values[layer], shape), values], axis=2)
+        out.keys.append(keys)
+        out.values.append(values)
+        window = model.args.windows[layer]
+        if window not in masks:
+            masks[window] = _causal(longest, before, window)
+        return mx.fast.scaled_dot_product_attention(queries, keys, values, scale=scale, mask=masks[window])
+
+    return hidden_states(model, tokens, before, attend, look), out
+
+
+def prefill_last(
+    model: Any, prompts: Sequence[Sequence[int]], common: Prefilled | None = None
+) -> tuple[mx.array, Prefilled]:
+    """Hidden states (P, width) after each prompt, as many prompts at a time as PREFILL_TOKENS allow."""
+    longest = max(len(p) for p in prompts)
+    size = max(1, PREFILL_TOKENS // longest)
+    before = 0 if common is None else int(common.lengths[0])
+    last, parts = [], []
+    for start in range(0, len(prompts), size):
+        chunk = prompts[start : start + size]
+        hidden, part = prefill(model, [[*p, *[0] * (longest - len(p))] for p in chunk], common)  # one width for all
+        ends = mx.array([len(p) - 1 for p in chunk])
+        last.append(mx.take_along_axis(hidden, ends[:, None, None], axis=1)[:, 0])
+        mx.eval(last[-1], part.keys, part.values)
+        parts.append(part)
+    layers = range(len(parts[0].keys))
+    whole = Prefilled(
+        [mx.concatenate([p.keys[i] for p in parts]) for i in layers],
+        [mx.concatenate([p.values[i] for p in parts]) for i in layers],
+        np.array([before + len(p) for p in prompts]),
+    )
+    return mx.concatenate(last), whole
+
+
+def _spread(array: mx.array, rows: tuple[int, ...]) -> mx.array:
+    return mx.broadcast_to(array, (rows[0], *array.shape[1:]))
+
+
+def _causal(length: int, before: int, window: int | None) -> mx.array | str:
+    if window is None or before + length <= window:
+        return "causal"
+    distance = mx.arange(before, before + length)[:, None] - mx.arange(before + length)[None]
+    return (distance >= 0) & (distance < window)
