@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from rl import algorithms, config_checks, trl_fields
+from rl import algorithms, config_builds, config_checks, trl_fields
 from rl.config_read import Source, about, key, keys_of, place, plain, read, read_toml, with_overrides
 from rl.config_text import reference
 
@@ -65,7 +65,9 @@ class Model:
         '"smollm2-135m-instruct" (packaged), "tiny", a local folder, a .gguf file, or a hub id "org/name"', None
     )
     from_: str | None = key("another config, relative to this one; its final model is the start", None)
-    reference: str | None = key("refused in this version, where the start is the KL reference", None)
+    reference: str | None = key(
+        "another config, relative to this one; its final model is the KL reference; unset = the start", None
+    )
     lora: Lora | None = None
     quantization: Quantization | None = None
     tiny: TinyModel | None = None
@@ -85,7 +87,10 @@ class Data:
     """[data]: prompts and answers."""
 
     source: Literal["arithmetic", "reasoning-gym", "jsonl", "hub"] = key("where the rows come from")
-    from_: str | None = key("refused in this version, where no run makes rows", None)
+    from_: str | None = key(
+        "another config, relative to this one; train on the pairs its run has sampled (source gives the held-out rows)",
+        None,
+    )
     train_size: int = key("rows to train on, at most", least=1)
     seed: int = key("seed of generation, shuffling and the held-out split", 0, least=0, most=2**32 - 1)
     shots: int = key("arithmetic, reasoning-gym: worked examples in front of each question", 0, least=0)
@@ -93,8 +98,8 @@ class Data:
         "plain text, chat messages, or single characters for the tiny model", "plain"
     )
     path: str | None = key(
-        "jsonl: file of the rows, relative to this config, with columns prompt and answer; dpo also takes prompt, "
-        "chosen, rejected, and kto prompt, completion, label",
+        "jsonl: file of the rows, relative to this config, with columns prompt and answer; dpo, orpo, cpo and reward "
+        "also take prompt, chosen, rejected, and kto prompt, completion, label",
         None,
     )
     heldout_path: str | None = key(
@@ -115,11 +120,14 @@ class Rollout:
     """[rollout]: how completions are sampled, in training and (greedily) in measuring."""
 
     engine: Literal["mlx", "torch"] = key("mlx, or torch as the reference to compare with", "mlx")
-    precision: Literal["shared", "full"] | None = key(
+    precision: Literal["shared", "full", "copy"] | None = key(
         "shared: trainer and sampler hold the same base and only the adapter is synced; full: all weights are synced; "
-        "unset = shared for a quantized LoRA run, else full",
+        "copy: as full, quantized at every sync, to study what that costs; unset = shared for a quantized LoRA run, "
+        "else full",
         None,
     )
+    bits: Literal[4, 8] | None = key("copy: bits per weight of the sampler's copy", None)
+    group_size: Literal[32, 64, 128] | None = key("copy: weights that share a scale and a bias; unset = 64", None)
     dtype: Literal["float32", "float16", "bfloat16"] | None = key(
         "the sampler's activations; unset = chosen per device", None
     )
@@ -135,8 +143,15 @@ class Rollout:
     )
     correction_cap: float = key("ratio at which it truncates or masks", 2.0, least=1)
     max_batch: int = key("rows decoded at once", 256, least=1)
+    max_batch_tokens: int = key(
+        "tokens whose keys and values are held at once, 2 × layers × kv_heads × head_dim × bytes of dtype each "
+        "(SmolLM2-135M: 45 KiB in float32)",
+        65536,
+        least=2,
+    )
     samples: int | None = key(
-        "dpo, kto and `pairs`: completions sampled to each question to find a right and a wrong one; unset = 8",
+        "dpo, kto, orpo, cpo, reward and `pairs`: completions sampled to each question to find a right and a wrong "
+        "one; bon: to keep the best; online_dpo: sampled at every step; unset = 8",
         None,
         least=2,
     )
@@ -157,9 +172,7 @@ class Reward:
 class Trainer:
     """[trainer]: the algorithm, then TRL's own arguments verbatim (of its config class for that algorithm)."""
 
-    algorithm: Literal["sft", "grpo", "dr_grpo", "dapo", "gspo", "cispo", "sapo", "rloo", "dpo", "kto"] = key(
-        "how to train; rl/algorithms/<name>.py says what it is"
-    )
+    algorithm: Literal[algorithms.ALGORITHMS] = key("how to train; rl/algorithms/<name>.py says what it is")
     args: dict[str, Any] = field(
         default_factory=dict,
         metadata=about("any argument of TRL's config class that has no home in another table", rest=True),
@@ -211,8 +224,17 @@ def describe() -> str:
 
 
 def builds_on(config: Config) -> dict[str, Path]:
-    """Where the config names another config ("model.from") -> that file."""
-    return {} if config.model.from_ is None else {"model.from": config.path.parent / config.model.from_}
+    """Where the config names another config ("model.from", "reward.0.model") -> that file."""
+    model, data = config.model, config.data
+    named: dict[str, Any] = {"model.from": model.from_, "model.reference": model.reference, "data.from": data.from_}
+    # a reward model may also be a folder or a hub id
+    named |= {f"reward.{i}.model": r.options.get("model") for i, r in enumerate(config.rewards) if r.name == "model"}
+    configs = {where: other for where, other in named.items() if isinstance(other, str)}
+    return {
+        where: config.path.parent / other
+        for where, other in configs.items()
+        if other.endswith(".toml") or not where.startswith("reward.")
+    }
 
 
 def _load(path: Path, overrides: Sequence[str], chain: tuple[Path, ...]) -> Config:
@@ -231,7 +253,7 @@ def _load(path: Path, overrides: Sequence[str], chain: tuple[Path, ...]) -> Conf
         if other.resolve() in seen:
             circle = [*chain[seen.index(other.resolve()) :], other]
             raise source.error(where, "configs build on each other: " + " -> ".join(p.name for p in circle))
-        _load(other, (), chain)
+        config_builds.check_parent(where, _load(other, (), chain), source, config.trainer.algorithm)
     return _decided(config)
 
 

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
-from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rl import trl_fields
-from rl.algorithms import ONLINE, defaults
-from rl.config_read import Source, Where
+from rl import config_builds, config_ppo, config_preferences, trl_fields
+from rl.algorithms import GROUPED, ONLINE, PREFERENCES, defaults
+from rl.config_read import Source
 from rl.errors import UserError
 
 if TYPE_CHECKING:
@@ -31,8 +32,8 @@ SOURCES_OF = {
     "heldout_split": ("hub",),
 }
 
-# losses of DPO in the difference of the two rewards alone, where the f-divergence's log Z(x) cancels
-_ANY_DIVERGENCE = ("sigmoid", "sigmoid_norm", "hinge", "ipo", "exo_pair", "robust", "discopop", "sft")
+# rewards that tell right from wrong
+VERIFIERS = ("exact", "reasoning-gym", "math-verify")
 
 
 def check(config: Config, source: Source) -> None:
@@ -40,7 +41,7 @@ def check(config: Config, source: Source) -> None:
     if not NAME.fullmatch(config.run.name):
         valid = "valid: up to 100 letters, digits, '.', '_', '-', beginning with a letter or digit (it names a folder)"
         raise source.error(("run", "name"), f"found {config.run.name!r}, {valid}")
-    _check_builds_on(config, source)
+    config_builds.check(config, source)
     _check_model(config, source)
     _check_data(config, source)
     _check_rollout(config, source)
@@ -48,9 +49,13 @@ def check(config: Config, source: Source) -> None:
     _check_trainer(config, source)
     if config.trainer.algorithm in ONLINE:
         _check_recipe(config, source)
-        _check_grpo(config, source)
-    if config.trainer.algorithm in ("dpo", "kto"):
-        _check_preferences(config, source)
+        if config.trainer.algorithm == "ppo":
+            config_ppo.check(config, source)
+            _check_save_steps(config.trainer.args, config_ppo.period(config.trainer.args), source)
+        elif config.trainer.algorithm in GROUPED:
+            _check_grpo(config, source)
+    if config.trainer.algorithm in (*PREFERENCES, "online_dpo"):
+        config_preferences.check(config, source)
 
 
 def generation_period(args: dict[str, Any]) -> int:
@@ -67,18 +72,6 @@ def rollout_size(args: dict[str, Any]) -> int:
     return _arg(args, "per_device_train_batch_size") * _steps_per_generation(args)
 
 
-def _check_builds_on(config: Config, source: Source) -> None:
-    named: dict[Where, Any] = {
-        ("model", "reference"): config.model.reference,
-        ("data", "from"): config.data.from_,
-    }
-    named |= {("reward", i, "model"): reward.options.get("model") for i, reward in enumerate(config.rewards)}
-    for where, other in named.items():
-        if other is not None:
-            valid = "remove it: this version builds on other runs through [model] from only"
-            raise source.error(where, f"found {other!r}, {valid}")
-
-
 def _check_model(config: Config, source: Source) -> None:
     model = config.model
     if (model.base is None) == (model.from_ is None):
@@ -88,6 +81,9 @@ def _check_model(config: Config, source: Source) -> None:
         raise source.error(("model", "tiny"), f"only for base = 'tiny', found {_named(model.base, model.from_)}")
     if model.quantization is not None and model.lora is None:
         raise source.error(("model", "quantization"), "a quantized base cannot be trained itself: add [model.lora]")
+    if model.base is not None and _is_bitsandbytes(model.base):
+        made = "valid: the model it was made of, with [model.quantization] bits = 4 and [model.lora]: MLX quantizes it"
+        raise source.error(("model", "base"), f"found '{model.base}', packed by bitsandbytes, which has no MPS; {made}")
     if model.tiny is not None and model.tiny.hidden % model.tiny.heads:
         found = f"found {model.tiny.heads} heads for hidden {model.tiny.hidden}, valid: a divisor of hidden"
         raise source.error(("model", "tiny", "heads"), found)
@@ -98,6 +94,17 @@ def _check_model(config: Config, source: Source) -> None:
         raise source.error(("model", "tiny", "alphabet"), found)
     if model.lora is not None and not model.lora.targets:
         raise source.error(("model", "lora", "targets"), "found an empty list, valid: names of linear modules")
+
+
+def _is_bitsandbytes(base: str) -> bool:
+    """Whether a hub id says so by its usual name, or a local folder by its config.json."""
+    if "bnb-4bit" in base.lower() or "bnb-8bit" in base.lower():
+        return True
+    try:
+        said = json.loads((Path(base).expanduser() / "config.json").read_text(encoding="utf-8"))
+        return said["quantization_config"]["quant_method"] == "bitsandbytes"
+    except (OSError, ValueError, KeyError, TypeError):
+        return False  # another kind of base, or one whose loading says what is wrong with it
 
 
 def _check_data(config: Config, source: Source) -> None:
@@ -151,8 +158,39 @@ def _check_rollout(config: Config, source: Source) -> None:
         raise source.error(
             ("rollout", "dtype"), "found 'bfloat16' for a quantized base that is shared, valid: float32, float16"
         )
+    _check_copy(config, source)
+    if rollout.max_batch_tokens <= rollout.max_completion_length:
+        valid = f"valid: > max_completion_length {rollout.max_completion_length}, and the prompt's tokens more"
+        raise source.error(("rollout", "max_batch_tokens"), f"found {rollout.max_batch_tokens}, {valid}")
+    if config.trainer.args.get("mask_truncated_completions") and any(len(text) > 1 for text in rollout.stop):
+        found = "found true with a [rollout] stop of several characters, whose last token TRL takes for a cut"
+        raise source.error(("trainer", "mask_truncated_completions"), f"{found}, valid: false")
     if config.trainer.args.get("loss_type") == "vespo" and rollout.correction.startswith("sequence"):
         found = f"found '{rollout.correction}' with loss_type 'vespo', valid: none, token_truncate, token_mask"
+        raise source.error(("rollout", "correction"), found)
+
+
+def _check_copy(config: Config, source: Source) -> None:
+    """`copy` samples from other weights than it trains: nothing hides that, and what it asks for is there."""
+    rollout, model = config.rollout, config.model
+    if rollout.precision != "copy":
+        for name in ("bits", "group_size"):
+            if (found := getattr(rollout, name)) is not None:
+                valid = "only for precision = 'copy'; [model.quantization] is for a base that both sides share"
+                raise source.error(("rollout", name), f"found {found}, {valid}")
+        return
+    if rollout.bits is None:
+        raise source.table_error(("rollout",), "bits: missing, precision = 'copy' needs them, valid: 4, 8", "bits")
+    if rollout.engine != "mlx":
+        raise source.error(("rollout", "precision"), "found 'copy' with engine = 'torch', valid there: full")
+    if model.quantization is not None:
+        found = "found 'copy' with [model.quantization], valid: shared, or no such table: copy has its own bits"
+        raise source.error(("rollout", "precision"), found)
+    if config.trainer.algorithm not in GROUPED:
+        found = f"found 'copy' for '{config.trainer.algorithm}', valid there: full, shared (copy: {', '.join(GROUPED)})"
+        raise source.error(("rollout", "precision"), found)
+    if rollout.correction == "none":
+        found = "found 'none' with precision = 'copy', whose samples are of another policy, valid: any other"
         raise source.error(("rollout", "correction"), found)
 
 
@@ -168,6 +206,9 @@ def _check_rewards(config: Config, source: Source) -> None:
         if not any(reward.weight for reward in config.rewards):
             raise source.error(("reward", 0, "weight"), "found 0 for every [[reward]], valid: one other than 0")
     for i, reward in enumerate(config.rewards):
+        if reward.name == "model" and algorithm in ("sft", *PREFERENCES):
+            found = f"found 'model', and '{algorithm}' asks a verifier only, valid there: {', '.join(VERIFIERS)}"
+            raise source.error(("reward", i, "name"), found)
         if ":" in reward.name:
             continue  # the user's own module may import anything
         # same options, and reasoning-gym's import takes seconds
@@ -195,6 +236,12 @@ def _check_trainer(config: Config, source: Source) -> None:
         raise source.error(("trainer", "fp16"), "found true with bf16 = true, valid: one of the two")
     if effective("save_strategy") == "best":
         raise source.error(("trainer", "save_strategy"), "found 'best', valid: steps, epoch, no")
+    if args.get("packing_strategy") == "wrapped":
+        found = "found 'wrapped', where examples attend to their neighbours, valid: bfd, bfd_split"
+        raise source.error(("trainer", "packing_strategy"), found)
+    if algorithm in ("sft", "bon") and args.get("padding_free") and not args.get("packing"):
+        found = "found true without packing, which TRL takes without max_length only: set packing = true instead"
+        raise source.error(("trainer", "padding_free"), found)
     if effective("logging_strategy") == "steps" and effective("logging_steps") == 0:
         raise source.error(("trainer", "logging_steps"), "found 0, valid: > 0")
     for name in ("save_steps", "logging_steps"):
@@ -207,7 +254,7 @@ def _check_recipe(config: Config, source: Source) -> None:
     """An algorithm's name says which loss it takes, and a weight belongs to what the loss is of."""
     args, algorithm, rollout = config.trainer.args, config.trainer.algorithm, config.rollout
     recipe = defaults(algorithm)
-    for name in ("loss_type", "importance_sampling_level", "scale_rewards"):
+    for name in ("loss_type", "importance_sampling_level", "scale_rewards", "multi_objective_aggregation"):
         if name in recipe and args[name] != recipe[name]:
             valid = f"valid: '{recipe[name]}', which is what '{algorithm}' means; algorithm = 'grpo' takes any"
             raise source.error(("trainer", name), f"found {args[name]!r}, {valid}")
@@ -261,53 +308,6 @@ def _check_grpo(config: Config, source: Source) -> None:
     _check_boundaries(args, source)
 
 
-def _check_preferences(config: Config, source: Source) -> None:
-    """What TRL's DPO and KTO trainers refuse only once the base is loaded, or what would not be their loss."""
-    args, algorithm = config.trainer.args, config.trainer.algorithm
-
-    def effective(name: str) -> Any:
-        return trl_fields.value(algorithm, args, name)
-
-    if effective("beta") == 0:
-        raise source.error(("trainer", "beta"), "found 0, valid: > 0, or the loss says nothing of the policy")
-    if args.get("sync_ref_model"):
-        moving = "refused: a reference that moves is in no checkpoint, so --resume would not be exact"
-        raise source.error(("trainer", "sync_ref_model"), moving)
-    if algorithm == "dpo":
-        _check_dpo_losses(args, effective, source)
-    elif effective("loss_type") == "kto":  # its KL term pairs each prompt with the completion of its batch neighbour
-        if (batch := effective("per_device_train_batch_size")) < 2:
-            raise source.error(("trainer", "per_device_train_batch_size"), f"found {batch}, valid for loss 'kto': ≥ 2")
-        if (order := effective("train_sampling_strategy")) != "sequential":
-            found = f"found '{order}', valid for loss 'kto': sequential (the rows are shuffled by the seed before)"
-            raise source.error(("trainer", "train_sampling_strategy"), found)
-
-
-def _check_dpo_losses(args: dict[str, Any], effective: Callable[[str], Any], source: Source) -> None:
-    given = args.get("loss_type", ["sigmoid"])
-    kinds = [given] if isinstance(given, str) else given
-    if not kinds:
-        raise source.error(("trainer", "loss_type"), "found an empty list, valid: at least one loss")
-    weights = args.get("loss_weights")
-    if weights is not None and len(weights) != len(kinds):
-        found = f"found {len(weights)} for {len(kinds)} in loss_type, valid: one for each"
-        raise source.error(("trainer", "loss_weights"), found)
-    smoothing = effective("label_smoothing")
-    if "exo_pair" in kinds and not 0 < smoothing < 1:
-        found = f"found {smoothing} with loss_type 'exo_pair', valid: > 0 and < 1 (its paper takes 1e-3)"
-        raise source.error(("trainer", "label_smoothing"), found)
-    if not 0 <= smoothing < (0.5 if "robust" in kinds else 1):
-        valid = "≥ 0 and < 0.5 with loss_type 'robust'" if "robust" in kinds else "≥ 0 and < 1"
-        raise source.error(("trainer", "label_smoothing"), f"found {smoothing}, valid: {valid}")
-    without = [kind for kind in kinds if kind not in _ANY_DIVERGENCE]
-    if effective("f_divergence_type") != "reverse_kl" and without:
-        found = f"found '{effective('f_divergence_type')}' with loss_type '{without[0]}', valid there: reverse_kl"
-        raise source.error(("trainer", "f_divergence_type"), found)
-    if effective("use_weighting") and (aot := [kind for kind in kinds if kind.startswith("aot")]):
-        found = f"found true with loss_type '{aot[0]}', which sorts the pairs, valid there: false"
-        raise source.error(("trainer", "use_weighting"), found)
-
-
 def _check_boundaries(args: dict[str, Any], source: Source) -> None:
     """A checkpoint is exact only between rollouts, and so must every step that is saved lie there."""
     micro, accumulation = _micro_steps_per_rollout(args), _arg(args, "gradient_accumulation_steps")
@@ -317,9 +317,14 @@ def _check_boundaries(args: dict[str, Any], source: Source) -> None:
             ("trainer", "steps_per_generation" if "steps_per_generation" in args else "gradient_accumulation_steps"),
             f"{made}: one must divide the other, so that checkpoints fall between rollouts",
         )
+    _check_save_steps(args, generation_period(args), source)
+
+
+def _check_save_steps(args: dict[str, Any], period: int, source: Source) -> None:
+    """Every checkpoint lies at a multiple of the optimizer steps between two rollouts."""
     if args.get("save_strategy", "steps") != "steps":
         return
-    save, period = _arg(args, "save_steps"), generation_period(args)
+    save = _arg(args, "save_steps")
     if "save_steps" not in args and 0 < _arg(args, "max_steps") <= save:
         return  # the run ends before TRL's default asks for a checkpoint
     if save < 1:

@@ -25,7 +25,7 @@ from rl.report import Seeds
 COLUMNS = (  # label, names a trainer may log it under, format
     ("reward", ("reward",), ".3f"),
     ("loss", ("loss",), ".3f"),
-    ("accuracy", ("mean_token_accuracy",), ".3f"),
+    ("accuracy", ("mean_token_accuracy", "accuracy"), ".3f"),
     ("length", ("completions/mean_length",), ".1f"),
     ("kl", ("kl",), ".2g"),
     ("|Δlogp|", ("sampling/sampling_logp_difference/mean",), ".1e"),
@@ -148,14 +148,18 @@ class Display:
             self.note("  ".join([line, *_columns(bar.metrics)]))
 
     def result(
-        self, result: Mapping[str, Any], samples: Sequence[Sample] = (), where: Mapping[str, Path | str] | None = None
+        self,
+        result: Mapping[str, Any],
+        samples: Sequence[Sample] = (),
+        where: Mapping[str, Path | str] | None = None,
+        what: str = "questions, greedy",
     ) -> None:
         """The end of a run: scores before and after, six completions side by side, and where everything lies.
 
         `result` is `run.json`'s. Of the samples, six at even distances are shown: nobody picked them.
         """
         n = result["after"]["n"]
-        table = Table(title=f"held-out, {n} questions, greedy", title_justify="left", box=self._box())
+        table = Table(title=f"held-out, {n} {what}", title_justify="left", box=self._box())
         for name in ("score", "before", "after", "difference [95 %]"):
             table.add_column(name, justify="left" if name == "score" else "right")
         for name in report.METRICS:

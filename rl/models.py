@@ -209,11 +209,12 @@ def load_policy(base: Base, dtype: "torch.dtype | str", device: "torch.device | 
     return model
 
 
-def add_lora(model: "PreTrainedModel", lora: "Lora") -> "PeftModel":
+def add_lora(model: "PreTrainedModel", lora: "Lora", head: str | None = None) -> "PeftModel":
     """Wrap `model` with an unmerged LoRA adapter: x·W' + (alpha / rank) · x·A'·B', with B = 0 at the start.
 
     A is drawn from torch's global random state, so `torch.manual_seed` makes it repeatable. Only A and B require
-    gradients; they are float32 also when the model is not (PEFT's default).
+    gradients; they are float32 also when the model is not (PEFT's default). `head` names the head of a sequence
+    classifier, which is then trained whole.
 
     Raises:
         UserError: a target that is no linear module of the model, or more layers than it has.
@@ -228,7 +229,7 @@ def add_lora(model: "PreTrainedModel", lora: "Lora") -> "PeftModel":
         )
     # the head is left out: it is the embedding in tied models
     linear = sorted(
-        {name.rsplit(".", 1)[-1] for name, m in model.named_modules() if isinstance(m, nn.Linear)} - {"lm_head"}
+        {name.rsplit(".", 1)[-1] for name, m in model.named_modules() if isinstance(m, nn.Linear)} - {"lm_head", head}
     )
     unknown = [target for target in lora.targets if target not in linear]
     if unknown or not lora.targets:
@@ -243,7 +244,8 @@ def add_lora(model: "PreTrainedModel", lora: "Lora") -> "PeftModel":
         target_modules=list(lora.targets),
         layers_to_transform=None if lora.layers is None else list(range(layers - lora.layers, layers)),
         bias="none",
-        task_type="CAUSAL_LM",
+        task_type="CAUSAL_LM" if head is None else "SEQ_CLS",
+        modules_to_save=None if head is None else [head],
     )
     return get_peft_model(model, config)
 

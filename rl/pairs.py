@@ -1,18 +1,20 @@
 """On-policy preferences: completions of a start policy to the training questions, judged by the run's verifier.
 
 To each question K completions are drawn as [rollout] says. Where at least one is right and one wrong, one of each is
-kept, drawn by the seed: a pair for dpo, or two labelled completions for kto (the same ones, so that the two compare).
-What all K agree on teaches a preference nothing and is left out.
+kept, drawn by the seed: a pair, or two labelled completions for kto (the same ones, so that the algorithms compare).
+What all K agree on teaches a preference nothing and is left out. For bon the best completions are kept instead: of
+those that are right and ended by themselves, the ones of the highest reward, each once.
 """
 
 import json
+import math
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rl import files, rewards
+from rl import files, judge, rewards
 from rl.data import preferences
 from rl.errors import RunFailed, UserError
 from rl.measure import prompt_ids
@@ -28,6 +30,8 @@ Row = dict[str, Any]
 SAMPLES = 8  # completions to a question where [rollout] samples is unset
 QUESTIONS = 64  # asked at once; fixed, since a completion's random stream is keyed by its place in the call
 FILE = "pairs.jsonl"
+HELDOUT = "heldout_pairs.jsonl"
+HELDOUT_STEP = 1 << 20  # held-out questions draw from other random streams than training ones, whatever their number
 
 
 @dataclass
@@ -41,10 +45,16 @@ class Drawn:
     right: int = 0
     cut: int = 0
     tokens: dict[str, int] = field(default_factory=lambda: {"prompt": 0, "completion": 0})
+    best: bool = False  # of each question the best completions, not a preference
 
     def told(self) -> str:
         """One line for people."""
         share = self.right / max(1, self.completions)
+        if self.best:
+            return (
+                f"{self.mixed} of {self.questions} questions have a right completion among "
+                f"{self.completions // max(1, self.questions)} ({share:.0%} are right); {len(self.rows)} are kept"
+            )
         return (
             f"{self.mixed} of {self.questions} questions have a right and a wrong completion among "
             f"{self.completions // max(1, self.questions)} ({share:.0%} are right); "
@@ -58,6 +68,7 @@ class _Candidate:
     tokens: list[int]
     right: bool
     ended: bool
+    reward: float = 0.0
 
 
 def sample(
@@ -68,20 +79,26 @@ def sample(
     stop_ids: Sequence[int],
     origin: Mapping[str, Any],
     advance: Callable[[int], None] = lambda done: None,
+    *,
+    seed: int | None = None,
+    first: int = 0,
+    functions: Sequence[rewards.RewardFunction] = (),
 ) -> Drawn:
     """Preference rows of `questions` (rows with prompt and answer), in their order; the same for the same seed.
 
+    For bon the rows are the best completions, by the sum of `functions`.
     `sampler` holds the start policy, `origin` names it in each row's `provenance`. Right means right by [eval] metric.
+    `seed` is the run's unless given; `first` is the step that keys the random streams of the first call.
     Of a question's right (wrong) completions one that ended by itself is preferred: a file keeps the texts alone, and
     TRL closes each of those with EOS. The rows also hold the very tokens (`rl.data.preferences.IDS`).
     Raises RunFailed where logits were not finite or no question has both kinds.
     """
-    rollout, seed = config.rollout, config.run.seed
+    rollout, seed = config.rollout, config.run.seed if seed is None else seed
     sampling = Sampling(rollout.temperature, rollout.top_p, rollout.top_k, rollout.min_p)
     grade, k = rewards.grader(config.rewards), rollout.samples or SAMPLES
     provenance = {**origin, **asdict(sampling), "seed": seed, "k": k}
-    drawn = Drawn()
-    for number, start in enumerate(range(0, len(questions), QUESTIONS)):
+    drawn = Drawn(best=config.trainer.algorithm == "bon")
+    for number, start in enumerate(range(0, len(questions), QUESTIONS), first):
         part = questions[start : start + QUESTIONS]
         prompts = [ids for ids in prompt_ids(tokenizer, [row["prompt"] for row in part]) for _ in range(k)]
         completions = sampler.generate(
@@ -91,17 +108,25 @@ def sample(
             raise RunFailed(f"logits of the sampler were not finite in {bad} of {len(completions)} completions")
         drawn.tokens["prompt"] += sum(map(len, prompts))
         drawn.tokens["completion"] += sum(len(c.tokens) for c in completions)
+        texts = [tokenizer.decode(c.tokens, skip_special_tokens=True) for c in completions]
+        asked = [row for row in part for _ in range(k)]
+        ids = [c.tokens for c in completions]
+        sums = judge.totals(functions, asked, texts, ids) if drawn.best else [0.0] * len(ids)
+        candidates = [
+            _Candidate(text, tokens, getattr(grade(text, row), config.eval.metric), tokens[-1] in stop_ids, reward)
+            for text, tokens, row, reward in zip(texts, ids, asked, sums, strict=True)
+        ]
         for i, row in enumerate(part):
-            candidates = []
-            for completion in completions[i * k : (i + 1) * k]:
-                text = tokenizer.decode(completion.tokens, skip_special_tokens=True)
-                right = getattr(grade(text, row), config.eval.metric)
-                candidates.append(_Candidate(text, completion.tokens, right, completion.tokens[-1] in stop_ids))
-            _keep(drawn, row, prompts[i * k], candidates, config.trainer.algorithm, provenance)
+            own = candidates[i * k : (i + 1) * k]
+            if drawn.best:
+                _keep_best(drawn, row, prompts[i * k], own, provenance)
+            else:
+                _keep(drawn, row, prompts[i * k], own, config.trainer.algorithm, provenance)
         advance(len(part))
     if not drawn.rows:
+        kind = "rows" if drawn.best else "pairs"
         raise RunFailed(
-            f"{config.path}: no pairs: {drawn.told()}; raise [rollout] samples or temperature, or take questions that "
+            f"{config.path}: no {kind}: {drawn.told()}; raise [rollout] samples or temperature, or take questions that "
             "the start gets right sometimes"
         )
     return drawn
@@ -141,9 +166,34 @@ def _keep(
     drawn.rows += [preferences.spoken(made) for made in rows]
 
 
+def _keep_best(
+    drawn: Drawn, row: Row, prompt: list[int], candidates: Sequence[_Candidate], provenance: Mapping[str, Any]
+) -> None:
+    """Add the right completions of the highest reward to `drawn`, each once: the order of drawing stays."""
+    right = [c for c in candidates if c.right]
+    drawn.questions += 1
+    drawn.completions += len(candidates)
+    drawn.right += len(right)
+    able = [c for c in right if c.ended and not math.isnan(c.reward)]
+    if not able:
+        return
+    drawn.mixed += 1
+    highest = max(c.reward for c in able)
+    best = {tuple(c.tokens): c for c in able if c.reward == highest}
+    same = {"prompt": row["prompt"], "answer": row["answer"], "task": row["task"]}
+    same |= {"provenance": {**provenance, "right": len(right)}, "prompt_ids": prompt, "reward": highest}
+    rows = [
+        {"id": f"{row['id']}/{n}", **same, "completion": c.text, "completion_ids": c.tokens}
+        for n, c in enumerate(best.values())
+    ]
+    drawn.rows += [preferences.spoken(made) for made in rows]
+
+
 def wanted(config: "Config", rows: Sequence[Row]) -> bool:
-    """Whether a run of `config` on `rows` has to sample its preferences itself."""
+    """Whether a run of `config` on `rows` has to sample what it learns from itself."""
     algorithm = config.trainer.algorithm
+    if algorithm == "bon":
+        return True
     return algorithm in preferences.COLUMNS and not preferences.ready(rows, algorithm, str(config.path))
 
 
@@ -152,21 +202,50 @@ def for_job(job: "Job", sampler: Any, origin: Mapping[str, Any], display: "Displ
 
     Counts the sampled tokens in `job.tokens`.
     """
-    path = job.folder / FILE
-    if path.exists():
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
-    with display.eval_progress(len(job.train), title="pairs") as bar:
+    return read(job.folder) or _sampled(job, job.train, sampler, origin, display, FILE)
+
+
+def heldout_for_job(
+    job: "Job", questions: Sequence[Row], sampler: Any, origin: Mapping[str, Any], display: "Display"
+) -> list[Row]:
+    """As `for_job` of the held-out questions, by [data] seed: the same pairs whatever the seed of the run."""
+    kept = read(job.folder, HELDOUT)
+    return kept or _sampled(
+        job, questions, sampler, origin, display, HELDOUT, seed=job.config.data.seed, first=HELDOUT_STEP
+    )
+
+
+def read(folder: Path, file: str = FILE) -> list[Row]:
+    """The rows that a run has sampled into its folder, none where it has not (yet)."""
+    path = folder / file
+    if not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
+
+
+def _sampled(
+    job: "Job",
+    questions: Sequence[Row],
+    sampler: Any,
+    origin: Mapping[str, Any],
+    display: "Display",
+    file: str,
+    **streams: int,
+) -> list[Row]:
+    with display.eval_progress(len(questions), title=file.removesuffix(".jsonl").replace("_", " ")) as bar:
         drawn = sample(
             job.config,
-            job.train,
+            questions,
             sampler,
             job.tokenizer,
             job.stop_ids,
             origin,
             lambda more: bar.update(bar.step + more),
+            functions=job.rewards,
+            **streams,
         )
     display.note(drawn.told())
-    write(path, drawn.rows)
+    write(job.folder / file, drawn.rows)
     for kind, count in drawn.tokens.items():
         job.tokens[kind] += count
     return drawn.rows
@@ -180,7 +259,7 @@ def write(path: Path, rows: Sequence[Row]) -> None:
 def main(path: Path, overrides: Sequence[str], out: Path) -> int:
     """`python -m rl pairs`: sample the start policy of a config, write preference rows to `out`. Returns the exit code.
 
-    The runs that the config builds on are trained first where they are missing. A kto config gives rows for kto, every
+    The run that [model] from names is trained first where it is missing. A kto config gives rows for kto, every
     other one rows for dpo.
     """
     from rl import config as configs
@@ -193,7 +272,9 @@ def main(path: Path, overrides: Sequence[str], out: Path) -> int:
     train.quiet()
     display = Display(stages=2)
     config = configs.load(path, overrides)
-    parents = train.parents(config, display, resume=False)
+    if config.data.from_ is not None:
+        raise UserError(f"{path}: [data] from: its run holds pairs already; they are sampled from questions")
+    parents = train.parents(config, display, resume=False, roles=("model.from",))
     display.done = 0
     display.stage(f"{config.run.name}: data and start policy")
     dataset = data.build(config)
@@ -208,7 +289,7 @@ def main(path: Path, overrides: Sequence[str], out: Path) -> int:
     policy = start.load_policy(config, begin, where)
     stop_ids = seam.stop_ids(tokenizer, config.rollout.stop)
     sampler = start.load_sampler(config, begin, policy, tokenizer, stop_ids)
-    train.check_parity(config, policy, sampler, len(tokenizer), display)
+    start.check_parity(config, policy, sampler, len(tokenizer), display)
     display.stage(f"{config.rollout.samples or SAMPLES} completions to each of {len(dataset.train)} questions")
     origin = {"run": parent.name if parent else None, "id": begin.base.id, "sha256": begin.sha256}
     with display.eval_progress(len(dataset.train), title="pairs") as bar:

@@ -27,6 +27,7 @@ PANELS = (  # title, TRL's name; drawn where the run logged it
     ("mean |Δlogp|, trainer to sampler", "sampling/sampling_logp_difference/mean"),
     ("KL to the reference", "kl"),
     ("loss", "loss"),
+    ("pairs ranked right", "accuracy"),
     ("token accuracy", "mean_token_accuracy"),
     ("entropy", "entropy"),
     ("completion length (tokens)", "completions/mean_length"),
@@ -192,7 +193,7 @@ def model_card(run: Record) -> str:
     base, data = str(run.base.get("id")), run.data
     front = [
         f"library_name: {'peft' if lora else 'transformers'}",
-        "pipeline_tag: text-generation",
+        f"pipeline_tag: {'text-classification' if algorithm == 'reward' else 'text-generation'}",
         f"tags: {json.dumps(['duet', algorithm, *(['lora'] if lora else [])])}",
     ]
     hub = PACKAGED.get(base, base)
@@ -240,9 +241,13 @@ def _scores(result: dict[str, Any] | None) -> list[str]:
 
 
 def _limits(run: Record, lora: bool) -> list[str]:
+    reward = run.config.get("trainer", {}).get("algorithm") == "reward"
     lines = [
         "- One run with one seed: the intervals cover the choice of questions, not the spread between seeds.",
-        "- The check is quick: greedy decoding on held-out questions of the training distribution. "
+        "- Scores are shares of held-out pairs ranked right: completions of one policy to questions of the training "
+        "distribution. Those of a policy trained on this reward are others, and may be ranked worse."
+        if reward
+        else "- The check is quick: greedy decoding on held-out questions of the training distribution. "
         "It says nothing about other tasks, which may have got worse.",
         "- The base's own limits, biases and licence carry over.",
     ]

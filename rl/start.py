@@ -11,9 +11,13 @@ from rl.hf_folder import check_folder, weights_sha256
 from rl.models import Base
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
     import torch
 
     from rl.config import Config
+    from rl.display import Display
+    from rl.rewards import RewardFunction
 
 
 @dataclass(frozen=True)
@@ -54,7 +58,8 @@ def _from_adapter(config: "Config", root: Path, parent: Path) -> Start:
     if not path.is_dir():
         raise UserError(f"{where}: its base {path} is gone; train the run again with --restart")
     lora = config.model.lora
-    if lora is None or (lora.rank, lora.alpha) != (peft["r"], peft["lora_alpha"]):
+    own = config.trainer.algorithm == "reward"  # there the adapter is merged, and [model.lora] is one of its own
+    if not own and (lora is None or (lora.rank, lora.alpha) != (peft["r"], peft["lora_alpha"])):
         raise UserError(
             f"{where}: that run is an adapter of rank {peft['r']}, alpha {peft['lora_alpha']}; training goes on in it, "
             "so [model.lora] must say the same"
@@ -79,16 +84,115 @@ def load_policy(config: "Config", start: Start, device: "torch.device") -> Any:
     return model if config.model.lora is None else models.add_lora(model, config.model.lora)
 
 
+def load_reference(config: "Config", root: Path, folder: Path | None, tokenizer: Any, device: "torch.device") -> Any:
+    """The frozen policy in the finished run `folder` that [model] reference names, its adapter merged; None for none.
+
+    Raises UserError where its vocabulary is not the policy's.
+    """
+    if folder is None:
+        return None
+    from rl.device import dtype_for
+
+    where = f"{config.path}: [model] reference"
+    if models.load_tokenizer(Base(folder.name, folder, "")).get_vocab() != tokenizer.get_vocab():
+        raise UserError(f"{where}: {folder.name} has another vocabulary than the policy: probabilities do not compare")
+    return _whole(root, folder, where, dtype_for(device), device).eval().requires_grad_(False)
+
+
+def load_scorer(config: "Config", start: Start, tokenizer: Any, device: "torch.device") -> Any:
+    """A reward model on `device`: the start with a head of one output in place of its vocabulary's.
+
+    The head is drawn from the run's seed and trained with the adapter when the config has one; the adapter of a start
+    is merged. `tokenizer` pads. Raises UserError for an architecture without a sequence classifier, or missing weights.
+    """
+    import torch
+    from transformers import AutoModelForSequenceClassification
+
+    from rl.device import dtype_for
+
+    where, dtype = f"{config.path}: [model]", dtype_for(device)
+    torch.manual_seed(config.run.seed)
+    try:
+        model, info = AutoModelForSequenceClassification.from_pretrained(
+            start.base.path,
+            num_labels=1,
+            dtype=dtype,
+            attn_implementation="sdpa",
+            device_map=None,  # "auto" segfaults on MPS when it also changes the dtype
+            local_files_only=True,
+            use_safetensors=True,
+            output_loading_info=True,
+        )
+    except ValueError as error:
+        raise UserError(f"{where}: no reward model can be made of {start.base.id}: {error!s:.200}") from error
+    if missing := sorted(set(info["missing_keys"]) - {"score.weight"}):
+        raise UserError(f"{where}: {start.base.path} lacks the weight {missing[0]}: fetch the model again")
+    if start.adapter is not None:
+        from peft import PeftModel
+
+        causal = PeftModel.from_pretrained(models.load_policy(start.base, dtype, "cpu"), start.adapter)
+        merged = causal.merge_and_unload().base_model
+        model.base_model.load_state_dict(merged.state_dict())
+    model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
+    model = model.to(device)
+    return model if config.model.lora is None else models.add_lora(model, config.model.lora, head="score")
+
+
+def reward_models(config: "Config", root: Path) -> dict[str, Base]:
+    """The reward models that `[[reward]] model` names by folder or hub id, role -> model; runs are not among them.
+
+    Raises UserError for what is neither, or is not whole.
+    """
+    found = {}
+    for i, reward in enumerate(config.rewards):
+        name = reward.options.get("model") if reward.name == "model" else None
+        if name is None or name.endswith(".toml"):
+            continue
+        where = f"{config.path}: [[reward]] {i} model = {name!r}"
+        local = root / Path(name).expanduser()
+        if not local.is_dir() and not models.HUB_ID.fullmatch(name):
+            raise UserError(f"{where}: no such folder, valid: a config (.toml), a model folder or a hub id 'org/name'")
+        path = local if local.is_dir() else models.fetch(name, where)
+        found[f"reward.{i}.model"] = Base(name, path, weights_sha256(check_folder(path, where)))
+    return found
+
+
+def open_rewards(
+    functions: "Sequence[RewardFunction]", made: "Mapping[str, Path]", tokenizer: Any, device: "torch.device"
+) -> None:
+    """Load the model of each learned reward among a config's `functions`; `made` are folders by role."""
+    from rl.rewards.learned import LearnedReward
+
+    for i, function in enumerate(functions):
+        if isinstance(function.function, LearnedReward):
+            function.function.open(made[f"reward.{i}.model"], tokenizer, device)
+
+
+def _whole(root: Path, folder: Path, where: str, dtype: Any, device: "torch.device") -> Any:
+    """The policy of a finished run as one model."""
+    if not (folder / "adapter_config.json").exists():
+        return models.load_policy(Base(folder.name, folder, weights_sha256(check_folder(folder, where))), dtype, device)
+    from peft import PeftModel
+
+    path = root / json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"]
+    if not path.is_dir():
+        raise UserError(f"{where}: its base {path} is gone; train the run again with --restart")
+    base = Base(path.name, path, weights_sha256(check_folder(path, where)))
+    return PeftModel.from_pretrained(models.load_policy(base, dtype, device), folder).merge_and_unload()
+
+
 def load_sampler(config: "Config", start: Start, policy: Any, tokenizer: Any, stop_ids: list[int]) -> Any:
     """The rollout engine that [rollout] names, synced with `policy` and checked against it.
 
     Raises RunFailed naming the layer when the MLX copy is not the policy.
     """
     rollout = config.rollout
+    texts = [text for text in rollout.stop if len(text.encode()) > 1]  # one byte is never spread over tokens
     if rollout.engine == "torch":
         from rl.rollouts.torch_sampler import TorchSampler
 
-        return TorchSampler(policy, stop_ids, tokenizer.pad_token_id, rollout.max_batch)
+        pad = tokenizer.pad_token_id
+        return TorchSampler(policy, stop_ids, pad, rollout.max_batch, texts, tokenizer.decode)
     from rl.rollouts import sampler
     from rl.rollouts.device import backend
 
@@ -101,6 +205,25 @@ def load_sampler(config: "Config", start: Start, policy: Any, tokenizer: Any, st
         eos_ids=stop_ids,
         context=policy.config.max_position_embeddings,
         max_batch=rollout.max_batch,
+        max_batch_tokens=rollout.max_batch_tokens,
+        quantize=(rollout.bits, rollout.group_size or 64) if precision == "copy" else None,
+        stop=texts,
+        decode=tokenizer.decode,
     )
     built.sync(policy)
     return built
+
+
+def check_parity(config: "Config", policy: Any, sampler: Any, vocabulary: int, display: "Display") -> None:
+    """Compare the sampler's logprobs with the trainer's and say so; nothing where torch samples."""
+    if config.rollout.engine != "mlx":
+        return
+    parity = sampler.check(policy, vocabulary)
+    from rl.rollouts.device import describe
+
+    mlx = describe()
+    held = "packed" if sampler.packed else sampler.dtype
+    display.note(
+        f"MLX {mlx['version']} on {mlx['backend']}, weights held {held}; "
+        f"mean |Δlogp| to the trainer {parity.mean:.1e} on {parity.tokens} tokens"
+    )

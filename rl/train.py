@@ -4,7 +4,7 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -71,17 +71,18 @@ def train_run(
     seeded = any(o.partition("=")[0].strip() == "run.seed" for o in overrides)
     name = run.run_name(config.run.name, config.run.seed, seeded)
     built = parents(config, display, resume)
+    made = {role: run.folders(ROOT, parent.name)[1] for role, parent in built.items()}
 
     display.done = 0  # a run that another builds on has stages of its own
     display.stage(f"{name}: data and base model")
     from rl import data, device, models, start
 
-    dataset = data.build(config)
+    dataset = data.build(config, made.get("data.from"))
     display.note(f"{len(dataset.train)} training and {len(dataset.heldout)} held-out rows from {dataset.source}")
     where = device.pick(config.run.device)
     device.prepare(where)
-    parent = ROOT / "models" / "final" / built["model.from"].name if "model.from" in built else None
-    begin = start.find(config, ROOT, parent)
+    begin = start.find(config, ROOT, made.get("model.from"))
+    served = start.reward_models(config, ROOT)
     tokenizer = models.load_tokenizer(begin.base)
     check_prompts(config, dataset, tokenizer, begin)
     fresh = record.new(
@@ -96,7 +97,10 @@ def train_run(
             "fingerprint": dataset.fingerprint,
             "rows": {"train": len(dataset.train), "heldout": len(dataset.heldout)},
         },
-        parents=[{"role": role, "name": p.name, "inputs_sha256": p.inputs_sha256} for role, p in built.items()],
+        parents=[
+            *({"role": role, "name": p.name, "inputs_sha256": p.inputs_sha256} for role, p in built.items()),
+            *({"role": role, "name": base.id, "inputs_sha256": base.sha256} for role, base in served.items()),
+        ],
         command=command,
     )
     if remake and (changed := _outdated(name, fresh)):
@@ -108,14 +112,19 @@ def train_run(
         display.note(f"{name} is finished with these very inputs: {opened.final} (--restart trains it again)")
         return name
     with run.recording(opened):
-        _work(config, opened, dataset, where, begin, tokenizer, display)
+        folders = made | {role: base.path for role, base in served.items()}
+        _work(config, opened, dataset, where, begin, tokenizer, display, folders)
     return name
 
 
-def parents(config: Config, display: Display, resume: bool) -> dict[str, record.Record]:
-    """The finished runs that `config` builds on, trained first where they are missing."""
+def parents(
+    config: Config, display: Display, resume: bool, roles: Sequence[str] | None = None
+) -> dict[str, record.Record]:
+    """The finished runs that `config` builds on (in `roles`, or all), trained first where they are missing."""
     found = {}
     for role, path in configs.builds_on(config).items():
+        if roles is not None and role not in roles:
+            continue
         other = configs.load(path)
         final = run.folders(ROOT, other.run.name)[1]
         unfinished = run.last_checkpoint(run.folders(ROOT, other.run.name)[0]) is not None
@@ -143,19 +152,34 @@ def check_prompts(config: Config, dataset: Any, tokenizer: Any, begin: Any) -> N
 
 
 def _work(
-    config: Config, opened: run.OpenRun, dataset: Any, where: Any, begin: Any, tokenizer: Any, display: Display
+    config: Config,
+    opened: run.OpenRun,
+    dataset: Any,
+    where: Any,
+    begin: Any,
+    tokenizer: Any,
+    display: Display,
+    made: Mapping[str, Path],
 ) -> None:
-    """From a loaded base to a finished run folder."""
-    from rl import measure, pairs, rewards, start
+    """From a loaded base to a finished run folder; `made` are the folders of what the run builds on, by role."""
+    from rl import finish, measure, pairs, rewards, start
     from rl.algorithms import base as algorithms
     from rl.algorithms import seam
 
     functions, grade = rewards.build(config.rewards), rewards.grader(config.rewards)
+
+    def fit(job: algorithms.Job) -> None:
+        _fit(config, opened, job, functions, display)
+
+    if config.trainer.algorithm == "reward":
+        from rl import reward_run
+
+        return reward_run.work(config, opened, dataset, where, begin, tokenizer, display, fit)
     display.stage(f"policy on {where.type}, sampler: {config.rollout.engine}, {config.rollout.precision} precision")
     policy = start.load_policy(config, begin, where)
     stop_ids = seam.stop_ids(tokenizer, config.rollout.stop)
     sampler = start.load_sampler(config, begin, policy, tokenizer, stop_ids)
-    check_parity(config, policy, sampler, len(tokenizer), display)
+    start.check_parity(config, policy, sampler, len(tokenizer), display)
 
     def held_out(title: str) -> measure.Measurement:
         with display.eval_progress(len(dataset.heldout), title=title) as bar:
@@ -173,6 +197,7 @@ def _work(
     _remember(opened.folder / "before.json", before)
 
     display.stage(f"{config.trainer.algorithm}: training")
+    start.open_rewards(functions, made, tokenizer, where)
     job = algorithms.Job(
         config=config,
         folder=opened.folder,
@@ -185,11 +210,39 @@ def _work(
         stop_ids=stop_ids,
         resume=opened.checkpoint.path if opened.checkpoint else None,
         fresh_adapter=config.model.lora is not None and begin.adapter is None,
+        reference=start.load_reference(config, ROOT, made.get("model.reference"), tokenizer, where),
         tokens=opened.record.tokens,
     )
     if pairs.wanted(config, job.train):
         parent = next((p["name"] for p in opened.record.parents if p["role"] == "model.from"), None)
         job.train = pairs.for_job(job, sampler, {"run": parent, **opened.record.base}, display)
+    fit(job)
+    display.stage(f"after: {len(dataset.heldout)} held-out questions, greedy")
+    if config.rollout.engine == "mlx":
+        sampler.sync(policy)
+    after = held_out("after")
+    samples = [
+        {"id": row["id"], "answer": row["answer"], "before": b, "after": a, "right": [s.strict, t.strict]}
+        for row, b, a, s, t in zip(
+            dataset.heldout, before.completions, after.completions, before.scores, after.scores, strict=True
+        )
+    ]
+    shown = [
+        Sample(finish.last(row["prompt"]), s["before"], s["after"], row["answer"], *s["right"])
+        for row, s in zip(dataset.heldout, samples, strict=True)
+    ]
+    results = finish.Results(
+        result=report.result(config.eval.metric, before.scores, after.scores),
+        rollout=finish.rollout_record(config, opened.folder, finish.held(sampler)),
+        heldout=dataset.heldout,
+        samples=samples,
+        shown=shown,
+    )
+    finish.finish(opened, results, lambda stage: _save(config, policy, tokenizer, stage), where, display)
+
+
+def _fit(config: Config, opened: run.OpenRun, job: Any, functions: Sequence[Any], display: Display) -> None:
+    """Train to the end; raises RunFailed where the run had to stop, KeyboardInterrupt where it was interrupted."""
     outcome = _train(config, opened, job, display)
     _note_rewards(functions, display)
     if outcome.failure:
@@ -200,26 +253,21 @@ def _work(
     if outcome.interrupted:
         display.note(f"stopped after step {outcome.steps}, saved in {opened.folder}; --resume goes on from there")
         raise KeyboardInterrupt
-    display.stage(f"after: {len(dataset.heldout)} held-out questions, greedy")
-    if config.rollout.engine == "mlx":
-        sampler.sync(policy)
-    after = held_out("after")
-    _finish(config, opened, dataset, before, after, policy, tokenizer, sampler, where, display)
 
 
-def check_parity(config: Config, policy: Any, sampler: Any, vocabulary: int, display: Display) -> None:
-    """Compare the sampler's logprobs with the trainer's and say so; nothing where torch samples."""
-    if config.rollout.engine != "mlx":
-        return
-    parity = sampler.check(policy, vocabulary)
-    from rl.rollouts.device import describe
+def _save(config: Config, policy: Any, tokenizer: Any, stage: Path) -> None:
+    """Write the policy (of adapters only the trained one: TRL keeps the start's in a second, "ref") and tokenizer."""
+    from rl.hf_folder import top_level_rope
 
-    mlx = describe()
-    held = "packed" if sampler.packed else sampler.dtype
-    display.note(
-        f"MLX {mlx['version']} on {mlx['backend']}, weights held {held}; "
-        f"mean |Δlogp| to the trainer {parity.mean:.1e} on {parity.tokens} tokens"
-    )
+    only = {"selected_adapters": ["default"]} if config.model.lora is not None else {}
+    policy.save_pretrained(stage, safe_serialization=True, **only)
+    tokenizer.save_pretrained(stage)
+    if (stage / "config.json").exists():  # mlx-lm reads RoPE's settings at the top level only
+        files.write_json(stage / "config.json", top_level_rope(json.loads((stage / "config.json").read_text())))
+    if config.model.lora is not None:
+        from rl.rollouts.export import write_adapter
+
+        write_adapter(policy, stage / "mlx")
 
 
 def _train(config: Config, opened: run.OpenRun, job: Any, display: Display) -> Any:
@@ -249,85 +297,6 @@ def _train(config: Config, opened: run.OpenRun, job: Any, display: Display) -> A
         return algorithm.train(job)
 
 
-def _finish(
-    config: Config,
-    opened: run.OpenRun,
-    dataset: Any,
-    before: Any,
-    after: Any,
-    policy: Any,
-    tokenizer: Any,
-    sampler: Any,
-    where: Any,
-    display: Display,
-) -> None:
-    """Save weights, tokenizer, held-out rows and record; move them to models/final whole; show the result."""
-    from rl import device, pairs
-    from rl.hf_folder import top_level_rope
-
-    result = report.result(config.eval.metric, before.scores, after.scores)
-    rows = record.read_metrics(opened.folder / "metrics.jsonl")
-    opened.record.result = result
-    opened.record.rollout = _rollout_record(config, rows, sampler)
-    opened.record.peak_memory_bytes = device.memory_bytes(where)
-    stage = run.staging(opened)
-    # of adapters only the trained one: TRL keeps the start's values in a second, "ref"
-    only = {"selected_adapters": ["default"]} if config.model.lora is not None else {}
-    policy.save_pretrained(stage, safe_serialization=True, **only)
-    tokenizer.save_pretrained(stage)
-    if (stage / "config.json").exists():  # mlx-lm reads RoPE's settings at the top level only
-        files.write_json(stage / "config.json", top_level_rope(json.loads((stage / "config.json").read_text())))
-    if config.model.lora is not None:
-        from rl.rollouts.export import write_adapter
-
-        write_adapter(policy, stage / "mlx")
-    _jsonl(stage / "heldout.jsonl", dataset.heldout)
-    if (opened.folder / pairs.FILE).exists():  # what a run has sampled to train on is part of its result
-        files.write_bytes(stage / pairs.FILE, (opened.folder / pairs.FILE).read_bytes())
-    samples = [
-        {"id": row["id"], "answer": row["answer"], "before": b, "after": a, "right": [s.strict, t.strict]}
-        for row, b, a, s, t in zip(
-            dataset.heldout, before.completions, after.completions, before.scores, after.scores, strict=True
-        )
-    ]
-    _jsonl(stage / "samples.jsonl", samples)
-    final = run.finish(opened)
-    display.result(
-        result,
-        [
-            Sample(_last(row["prompt"]), s["before"], s["after"], row["answer"], *s["right"])
-            for row, s in zip(dataset.heldout, samples, strict=True)
-        ],
-        {
-            "model": final,
-            "record": final / "run.json",
-            "every step": final / "metrics.jsonl",
-            "curves": final / "curves.png",
-            "completions": final / "samples.jsonl",
-        },
-    )
-
-
-def _rollout_record(config: Config, rows: list[dict[str, Any]], sampler: Any) -> dict[str, Any]:
-    """`run.json`'s `rollout`: means over the logged steps; null where the run did not sample."""
-
-    def mean(key: str) -> float | None:
-        values = [row[key] for row in rows if isinstance(row.get(key), int | float)]
-        return sum(values) / len(values) if values else None
-
-    return {
-        "engine": config.rollout.engine,
-        "precision": config.rollout.precision,
-        "dtype": getattr(sampler, "dtype", None),
-        "packed": getattr(sampler, "packed", None),
-        "tokens_per_s": mean("rollout/tokens_per_s"),
-        "sync_s": mean("time/sync"),
-        "sync_bytes": mean("sync/bytes"),
-        "mean_abs_dlogp": mean("sampling/sampling_logp_difference/mean"),
-        "ess": mean("sampling/ess"),
-    }
-
-
 def _note_rewards(functions: Sequence[Any], display: Display) -> None:
     for function in functions:
         if function.stats.errors:
@@ -350,14 +319,6 @@ def _remembered(path: Path) -> Any:
         return None
     kept = json.loads(path.read_text())
     return Measurement([Score(**score) for score in kept["scores"]], kept["completions"])
-
-
-def _jsonl(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    files.write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-
-
-def _last(prompt: str | list[dict[str, str]]) -> str:
-    return prompt if isinstance(prompt, str) else prompt[-1]["content"]
 
 
 def _shown(argv: Sequence[str]) -> list[str]:

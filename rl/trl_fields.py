@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from rl.algorithms import RECIPES
+from rl.algorithms import ALIKE
 from rl.config_read import Source, Where, check_json, check_value, nearest
 from rl.errors import UserError
 
@@ -25,6 +25,10 @@ SOURCES = {
     "RLOOConfig": ("trl", "trainer/rloo_config.py"),
     "DPOConfig": ("trl", "trainer/dpo_config.py"),
     "KTOConfig": ("trl", "trainer/kto_config.py"),
+    "ORPOConfig": ("trl", "experimental/orpo/orpo_config.py"),
+    "CPOConfig": ("trl", "experimental/cpo/cpo_config.py"),
+    "RewardConfig": ("trl", "trainer/reward_config.py"),
+    "PPOConfig": ("rl", "algorithms/ppo_settings.py"),  # ours: TRL 1.16 has none
     "_BaseConfig": ("trl", "trainer/base_config.py"),
     "TrainingArguments": ("transformers", "training_args.py"),
 }
@@ -32,11 +36,15 @@ ENUMS = (("transformers", "trainer_utils.py"), ("transformers", "training_args.p
 CLASSES = {
     "sft": "SFTConfig",
     "grpo": "GRPOConfig",
-    **dict.fromkeys(RECIPES, "GRPOConfig"),
     "rloo": "RLOOConfig",
+    "ppo": "PPOConfig",
     "dpo": "DPOConfig",
     "kto": "KTOConfig",
+    "orpo": "ORPOConfig",
+    "cpo": "CPOConfig",
+    "reward": "RewardConfig",
 }
+CLASSES |= {algorithm: CLASSES[other] for algorithm, other in ALIKE.items()}
 
 # values TRL checks only in the middle of training; a test compares them with its sources
 VALUES: dict[tuple[str, str], tuple[str, ...]] = {
@@ -66,6 +74,16 @@ LEAST: dict[str, float] = {
     "max_grad_norm": 0,
     "beta": 0,
     "epsilon": 0,
+    "num_ppo_epochs": 1,
+    "num_mini_batches": 1,
+    "cliprange": 0,
+    "cliprange_value": 0,
+    "vf_coef": 0,
+    "gamma": 0,
+    "lam": 0,
+    "kl_coef": 0,
+    "missing_eos_penalty": 0,
+    "pad_to_multiple_of": 1,
     "max_length": 1,
     "save_total_limit": 1,
     "logging_steps": 0,
@@ -122,6 +140,7 @@ HOMES = {
     "evaluation_strategy": _EVAL,
     "per_device_eval_batch_size": _EVAL,
     "num_generations_eval": _EVAL,
+    "generate_during_eval": _EVAL,
     "bf16_full_eval": _EVAL,
     "fp16_full_eval": _EVAL,
     "batch_eval_metrics": _EVAL,
@@ -153,8 +172,8 @@ def arguments(algorithm: str) -> dict[str, Argument]:
 
     Raises UserError when trl or transformers is not installed.
     """
-    if algorithm in RECIPES:
-        return arguments("grpo")
+    if algorithm in ALIKE:
+        return arguments(ALIKE[algorithm])
     enums = _enums()
     found: dict[str, Argument] = {}
     for name in reversed(_lineage(CLASSES[algorithm])):
@@ -192,10 +211,10 @@ def check(algorithm: str, args: dict[str, Any], source: Source) -> None:
             raise source.error(where, "refused: it takes a Python object, which TOML cannot hold")
         if name == "optim" and isinstance(found, str) and any(part in found for part in _BITSANDBYTES):
             raise source.error(where, f"found '{found}'; {_MLX}: use adamw_torch or adafactor")
-        wanted = argument.type | ALSO[algorithm, name] if (algorithm, name) in ALSO else argument.type
+        owner = ALIKE.get(algorithm, algorithm)
+        wanted = argument.type | ALSO[owner, name] if (owner, name) in ALSO else argument.type
         check_value(wanted, found, source, where)
         check_json(found, source, where)
-        owner = "grpo" if algorithm in RECIPES else algorithm
         if (owner, name) in VALUES:
             for item in found if isinstance(found, list) else [found]:
                 check_value(Literal[VALUES[owner, name]], item, source, where)
@@ -218,7 +237,8 @@ def _instead(name: str, known: dict[str, Argument], algorithm: str, source: Sour
     if table := source.home(name):
         return f"it belongs in {table}"
     hint = nearest(name, ["algorithm", *known])
-    return hint if hint.startswith("did") else f"valid: algorithm and the arguments of TRL's {CLASSES[algorithm]}"
+    owner = "TRL's " if SOURCES[CLASSES[algorithm]][0] == "trl" else ""
+    return hint if hint.startswith("did") else f"valid: algorithm and the arguments of {owner}{CLASSES[algorithm]}"
 
 
 def _lineage(name: str) -> list[str]:

@@ -4,10 +4,11 @@ import copy
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 from rl import config, models, start
-from rl.algorithms import base, seam
+from rl.algorithms import base, offline, seam
 
 ARGS = {"max_steps": 2, "per_device_train_batch_size": 4, "learning_rate": 1e-2, "save_steps": 100}
 # lengths differ within and between rows, one completion is nothing but its EOS
@@ -55,6 +56,20 @@ def make_job(tiny: models.Base, settings: config.Config, rows: list[dict[str, An
         train=rows,
         stop_ids=seam.stop_ids(tokenizer, ()),
     )
+
+
+def built(monkeypatch: pytest.MonkeyPatch, algorithm: Any, job: base.Job) -> Any:
+    """The trainer that `algorithm.train` makes, before its first step."""
+    with monkeypatch.context() as patched:
+        patched.setattr(offline, "run_trainer", lambda job, trainer, guard, recorder: trainer)
+        return algorithm.train(job)
+
+
+def loss_of(trainer: Any, rows: int) -> float:
+    """The loss of the first rows as one batch."""
+    batch = trainer.data_collator([trainer.train_dataset[i] for i in range(rows)])
+    trainer.model.train()
+    return float(trainer.compute_loss(trainer.model, batch).detach())
 
 
 def disturb(model: Any, seed: int, size: float = 0.05) -> None:

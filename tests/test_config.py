@@ -29,6 +29,7 @@ def test_defaults_are_the_documented_ones(tmp_path: Path) -> None:
         correction="token_truncate",
         correction_cap=2.0,
         max_batch=256,
+        max_batch_tokens=65536,
     )
     assert (config.data.max_a, config.data.max_b, config.data.operation, config.data.shots) == (50, 9, "+", 0)
     assert (config.data.split, config.data.heldout_split) == ("train", "test")
@@ -100,21 +101,18 @@ def test_the_config_named_by_from_must_exist(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("override", "place"),
+    ("override", "said"),
     [
-        ("model.reference=sft.toml", "[model] reference"),
-        ("data.from=sft.toml", "[data] from"),
-        ("reward.0.model=sft.toml", "[[reward]] 0 model"),
+        ("model.reference=sft.toml", "[model] reference: found 'sft.toml' with [trainer] beta = 0, valid: beta > 0"),
+        ("data.from=sft.toml", "[data] from: found 'sft.toml' for algorithm 'grpo', valid for dpo, kto, "),
     ],
 )
 def test_a_run_that_cannot_be_built_on_is_refused_at_once_though_its_config_is_there(
-    tmp_path: Path, override: str, place: str
+    tmp_path: Path, override: str, said: str
 ) -> None:
     """Trap: found only by the trainer, minutes later, or never, and then the key did nothing."""
     write(tmp_path, SFT, "sft.toml")
-    line = error_of(tmp_path, GRPO, "reward.0.name=my:reward", override)
-    said = "found 'sft.toml', remove it: this version builds on other runs through [model] from only"
-    assert line == f"--set: {place}: {said}"
+    assert error_of(tmp_path, GRPO, override).startswith(f"--set: {said}")
 
 
 def test_a_circle_of_configs_is_refused_with_its_chain(tmp_path: Path) -> None:
@@ -147,5 +145,5 @@ def test_the_reference_of_keys_in_configs_readme_is_the_one_in_the_code() -> Non
 
 def test_every_key_says_what_it_means() -> None:
     rows = re.findall(r"^\| `(\w+)` \|.*\| (.*) \|$", describe(), flags=re.MULTILINE)
-    assert len(rows) == 54
+    assert len(rows) == 57
     assert all(len(meaning) >= 5 for _, meaning in rows)

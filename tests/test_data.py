@@ -154,7 +154,7 @@ def test_arithmetic_splits_uniformly() -> None:
         ({"max_a": 10**6, "max_b": 10**6}, r"more than 4000000 problems"),
         ({"system": "Be brief."}, r"system needs form = 'chat', found form = 'plain'"),
         ({"tasks": EASY}, r"only source 'reasoning-gym' has tasks"),
-        ({"from_": "sft.toml"}, r"from = 'sft.toml': source 'arithmetic' builds on no run"),
+        ({"from_": "sft.toml"}, r"from = 'sft.toml': its run is not made here"),
     ],
 )
 def test_arithmetic_that_cannot_be_had(options: dict[str, object], message: str) -> None:

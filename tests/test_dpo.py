@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from preference_helper import LABELLED, PAIRS, disturb, logp, make_config, make_job, plain
+from preference_helper import LABELLED, PAIRS, built, disturb, logp, loss_of, make_config, make_job, plain
 from safetensors.numpy import load_file
 
 from rl import models, train
@@ -26,19 +26,6 @@ def sigmoid(x: float) -> float:
     return 1 / (1 + math.exp(-x))
 
 
-def built(monkeypatch: pytest.MonkeyPatch, algorithm: Any, job: base.Job) -> Any:
-    """The trainer that `algorithm.train` makes, before its first step."""
-    with monkeypatch.context() as patched:
-        patched.setattr(algorithm, "run_trainer", lambda job, trainer, guard, recorder: trainer)
-        return algorithm.train(job)
-
-
-def loss_of(trainer: Any, rows: int) -> float:
-    batch = trainer.data_collator([trainer.train_dataset[i] for i in range(rows)])
-    trainer.model.train()
-    return float(trainer.compute_loss(trainer.model, batch).detach())
-
-
 # (difference of log-ratios, chosen's and rejected's log-ratio, their lengths with EOS) -> loss of one pair
 REFERENCES = {
     "sigmoid": lambda d, c, r, nc, nr: -math.log(sigmoid(BETA * d)),
@@ -46,6 +33,12 @@ REFERENCES = {
     "ipo": lambda d, c, r, nc, nr: (c / nc - r / nr - 1 / (2 * BETA)) ** 2,
     "robust": lambda d, c, r, nc, nr: (0.9 * -math.log(sigmoid(BETA * d)) + 0.1 * math.log(sigmoid(-BETA * d))) / 0.8,
     "apo_zero": lambda d, c, r, nc, nr: 1 - sigmoid(BETA * c) + sigmoid(BETA * r),
+    "apo_down": lambda d, c, r, nc, nr: sigmoid(BETA * c) + 1 - sigmoid(BETA * d),
+    "sppo_hard": lambda d, c, r, nc, nr: (c - 0.5 / BETA) ** 2 + (r + 0.5 / BETA) ** 2,
+    "nca_pair": lambda d, c, r, nc, nr: (
+        -math.log(sigmoid(BETA * c)) - 0.5 * math.log(sigmoid(-BETA * c)) - 0.5 * math.log(sigmoid(-BETA * r))
+    ),
+    "sigmoid_norm": lambda d, c, r, nc, nr: -math.log(sigmoid(BETA * (c / nc - r / nr))),
 }
 
 
@@ -70,6 +63,27 @@ def test_dpo_loss_is_its_formula_against_the_start(
         losses.append(REFERENCES[kind](c - r, c, r, len(row["chosen"]) + 1, len(row["rejected"]) + 1))
     assert max(losses) - min(losses) > 1e-3  # the rows tell formulas apart
     assert loss_of(trainer, len(PAIRS)) == pytest.approx(np.mean(losses), abs=2e-5)
+
+
+def test_every_loss_that_is_accepted_has_a_gradient(
+    tiny_base: models.Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A name that TRL takes in the config and knows nothing of later would fail in the middle of a run."""
+    args = {"beta": BETA, "label_smoothing": 0.1}
+    trainer = built(
+        monkeypatch, dpo, make_job(tiny_base, make_config(tmp_path / "x", "dpo", trainer=args), PAIRS, tmp_path)
+    )
+    batch = trainer.data_collator(list(trainer.train_dataset))
+    trainer.model.train()
+    seen = []
+    for kind in VALUES["dpo", "loss_type"]:
+        trainer.loss_types, trainer.loss_weights = [kind], [1.0]
+        trainer.model.zero_grad()
+        trainer.compute_loss(trainer.model, batch).backward()
+        norm = math.sqrt(sum(float((p.grad**2).sum()) for p in trainer.model.parameters() if p.grad is not None))
+        assert 1e-4 < norm < math.inf, kind
+        seen.append(norm)
+    assert len(seen) == 15
 
 
 def test_losses_add_up_with_their_weights(
@@ -260,7 +274,7 @@ def write(name: str, algorithm: str, lora: bool) -> Path:
     return path
 
 
-@pytest.mark.parametrize(("algorithm", "lora"), [("dpo", False), ("dpo", True), ("kto", False)])
+@pytest.mark.parametrize(("algorithm", "lora"), [("dpo", False), ("dpo", True), ("kto", False), ("orpo", False)])
 def test_a_run_samples_its_pairs_once_and_resumes_to_the_same_weights(
     algorithm: str, lora: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

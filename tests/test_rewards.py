@@ -2,6 +2,7 @@
 
 import math
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from decimal import Decimal
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from rl.data import gym
 from rl.errors import RunFailed, UserError
 from rl.rewards import Score, grade
 from rl.rewards.answers import EXTRACTS, extract, last_number, parse_number, render
+from rl.rewards.equivalence import equivalent
 
 RIGHT, LENIENT, WRONG_FORMED, WRONG = (
     Score(True, True, True),
@@ -210,6 +212,8 @@ BATCH = {
         (reward("regex", pattern=r"\d"), [0.0, 1.0, 0.0]),  # a full match, not a search
         (reward("length", target=1), [-0.02, 0.0, -0.01]),
         (reward("length", target=0, per_token=1), [-3.0, -1.0, -2.0]),
+        (reward("json", schema={"type": "integer", "maximum": 10}), [0.0, 1.0, 0.0]),  # 19 is too large, a word no JSON
+        (reward("json", schema={}), [1.0, 1.0, 0.0]),
     ],
 )
 def test_named_rewards(term: Reward, expected: list[float]) -> None:
@@ -240,6 +244,11 @@ def test_a_name_used_twice_gets_its_own_metric() -> None:
         (reward("regex"), r"\(regex\): needs 'pattern'"),
         (reward("regex", pattern="("), r"pattern = '\(' is no regular expression: missing \)"),
         (reward("regex", pattern=["a"]), r"pattern = \['a'\], must be a regular expression"),
+        (reward("json"), r"\(json\): needs 'schema', a table, the JSON schema"),
+        (reward("json", schema={"typ": "integer"}), r"schema: unknown keyword 'typ'; valid: type"),
+        (reward("model"), r"\(model\): needs 'model', a config of algorithm 'reward'"),
+        (reward("model", model="x", normalise="batch"), r"normalise = 'batch', must be 'standard' or 'none'"),
+        (reward("model", model="x", batch_size=0), r"batch_size = 0, must be a number of completions, 1 or more"),
         (reward("length", target=True), r"target = True, must be a number of tokens"),
         (reward("length", target=3, per_token=math.nan), r"per_token = nan, must be a number, 0 or more"),
     ],
@@ -248,6 +257,37 @@ def test_bad_terms_are_refused_in_one_line(term: Reward, message: str) -> None:
     with pytest.raises(UserError, match=message) as caught:
         rewards.build((term,))
     assert "\n" not in str(caught.value)
+
+
+MATH = [  # completion, the row's answer, (strict, lenient)
+    (r"\boxed{\frac{1}{2}}", "0.5", (True, True)),
+    (r"so \boxed{x^2 + 2x + 1}", "(x+1)^2", (True, True)),
+    (r"\boxed{12.0}", "12", (True, True)),  # another way to write it
+    (r"\boxed{13} or \boxed{12}", "13", (False, False)),  # the last box counts
+    (r"\boxed{1/3}", "0.33", (False, False)),
+    (r"it is 12", "12", (False, True)),  # no box
+    (r"\boxed{}", "12", (False, False)),
+    (r"\boxed{" + "9^" * 200 + "9}", "1", (False, False)),  # a tower that sympy would never climb
+]
+
+
+@pytest.mark.parametrize(("completion", "answer", "expected"), MATH)
+def test_math_verify_takes_what_is_equal_and_only_in_the_box(
+    completion: str, answer: str, expected: tuple[bool, bool]
+) -> None:
+    """The reward and the held-out grader of the same config agree on strict."""
+    term = reward("math-verify", extract="boxed")
+    (function,) = rewards.build((term,))
+    row = {"prompt": "q", "answer": answer}
+    assert function(["q"], [completion], answer=[answer]) == [float(expected[0])]
+    score = rewards.grader((reward("length", target=1), term))(completion, row)
+    assert (score.strict, score.lenient) == expected
+
+
+def test_math_verify_works_off_the_main_thread() -> None:
+    """Trap: its time limit is a signal, which only the main thread may set."""
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(equivalent, "2/4", {"answer": "1/2"}).result()
 
 
 # --- a user's own function

@@ -2,6 +2,7 @@
 
 import ast
 import dataclasses
+import importlib
 import inspect
 import types
 import typing
@@ -11,15 +12,15 @@ import pytest
 
 from rl.config_read import Source, conforms
 from rl.errors import UserError
-from rl.trl_fields import CLASSES, VALUES, arguments, check, home_of
+from rl.trl_fields import CLASSES, SOURCES, VALUES, arguments, check, home_of
 
 OWN = list({name: algorithm for algorithm, name in reversed(CLASSES.items())}.values())  # one algorithm a class
 
 
 def real(algorithm: str) -> dict[str, dataclasses.Field[typing.Any]]:
-    import trl
-
-    return {f.name: f for f in dataclasses.fields(getattr(trl, CLASSES[algorithm]))}
+    package, file = SOURCES[CLASSES[algorithm]]
+    module = importlib.import_module(f"{package}.{file.removesuffix('.py').replace('/', '.')}")
+    return {f.name: f for f in dataclasses.fields(getattr(module, CLASSES[algorithm]))}
 
 
 @pytest.mark.parametrize("algorithm", OWN)

@@ -4,10 +4,16 @@ import importlib
 from typing import Any
 
 # recipes over grpo: TRL's GRPO with other arguments
-RECIPES = ("dr_grpo", "dapo", "gspo", "cispo", "sapo")
+RECIPES = ("dr_grpo", "dapo", "gspo", "cispo", "sapo", "reinforce_pp")
+# TRL's trainers that sample groups of completions
+GROUPED = ("grpo", *RECIPES, "rloo")
 # these sample while they train and need a reward
-ONLINE = ("grpo", *RECIPES, "rloo")
-ALGORITHMS = ("sft", *ONLINE, "dpo", "kto")
+ONLINE = (*GROUPED, "ppo", "online_dpo")
+# these learn from preferences: rows of a file, of another run, or sampled by the run itself (rl.pairs)
+PREFERENCES = ("dpo", "kto", "orpo", "cpo", "reward")
+ALGORITHMS = ("sft", "bon", *ONLINE, *PREFERENCES)
+# algorithms that take the arguments of another one
+ALIKE = {**dict.fromkeys(RECIPES, "grpo"), "bon": "sft", "online_dpo": "dpo"}
 
 
 def defaults(algorithm: str) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from rl.algorithms import defaults
 from rl.algorithms.guard import Guard
 from rl.checkpoints import disk_guard
 from rl.config import Config
-from rl.device import trainer_defaults
+from rl.device import check_half, empty_cache, trainer_defaults
 
 
 @dataclass
@@ -45,6 +45,7 @@ class Job:
     stop_ids: list[int] = field(default_factory=list)
     resume: Path | None = None
     fresh_adapter: bool = False  # without its adapter the policy is what training started from
+    reference: Any = None  # the frozen policy of [model] reference; None where the start is the reference
     tokens: dict[str, int] = field(default_factory=lambda: {"prompt": 0, "completion": 0})
     hooks: Hooks = field(default_factory=Hooks)
 
@@ -74,6 +75,7 @@ def arguments(job: Job, known: set[str]) -> dict[str, Any]:
         "save_total_limit": None,  # the run keeps and removes checkpoints itself: only whole ones count
     }
     args |= defaults(job.config.trainer.algorithm) | job.config.trainer.args
+    check_half(job.device, args, str(job.config.path))
     return args
 
 
@@ -91,7 +93,8 @@ class Recorder(TrainerCallback):
         self.job.hooks.total(state.max_steps)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Save and stop at the first step after which a resume is exact."""
+        """Save and stop at the first step after which a resume is exact; hand MPS's unused blocks back."""
+        empty_cache(self.job.device)
         boundary = state.global_step % self.period == 0
         if self.interrupted.is_set() and boundary:
             control.should_save = control.should_training_stop = True

@@ -17,8 +17,9 @@ from typing import Any
 import datasets
 from trl import DPOConfig, DPOTrainer
 
-from rl.algorithms.base import Job, Outcome, Recorder, arguments, run_trainer
-from rl.algorithms.guard import Guard, Watched
+from rl.algorithms import offline
+from rl.algorithms.base import Job, Outcome, arguments
+from rl.algorithms.guard import Watched
 from rl.algorithms.learner import score_completions_only
 from rl.data import preferences
 from rl.errors import UserError
@@ -36,18 +37,7 @@ def train(job: Job) -> Outcome:
     rows = preference_rows(job, "dpo")
     settings = DPOConfig(**arguments(job, {f.name for f in fields(DPOConfig)}))
     score_completions_only()
-    guard = Guard(job.hooks.warn)
-    recorder = Recorder(job, guard, period=1)
-    trainer = DuetDPOTrainer(
-        guard,
-        model=job.model,
-        ref_model=reference(job, settings),
-        args=settings,
-        train_dataset=datasets.Dataset.from_list(rows),
-        processing_class=job.tokenizer,
-        callbacks=[guard, recorder],
-    )
-    return run_trainer(job, trainer, guard, recorder)
+    return offline.run(job, settings, DuetDPOTrainer, rows, ref_model=reference(job, settings))
 
 
 def preference_rows(job: Job, algorithm: str) -> list[dict[str, Any]]:
@@ -65,11 +55,13 @@ def preference_rows(job: Job, algorithm: str) -> list[dict[str, Any]]:
 
 
 def reference(job: Job, settings: Any) -> Any:
-    """The frozen start policy, a copy made before training; None where TRL has it without one.
+    """The policy of [model] reference, or the frozen start, a copy made before training; None where TRL needs none.
 
     With an adapter TRL keeps a second one with the start's values on the same base; with `precompute_ref_log_probs` it
     scores all rows before the first step.
     """
+    if job.reference is not None:
+        return job.reference
     if job.config.model.lora is not None or settings.precompute_ref_log_probs:
         return None
     return copy.deepcopy(job.model).eval().requires_grad_(False)

@@ -18,9 +18,10 @@ from typing import Any
 import datasets
 from trl import KTOConfig, KTOTrainer
 
-from rl.algorithms.base import Job, Outcome, Recorder, arguments, run_trainer
+from rl.algorithms import offline
+from rl.algorithms.base import Job, Outcome, arguments
 from rl.algorithms.dpo import preference_rows, reference
-from rl.algorithms.guard import Guard, Watched
+from rl.algorithms.guard import Watched
 from rl.algorithms.learner import score_completions_only
 
 
@@ -48,15 +49,4 @@ def train(job: Job) -> Outcome:
     random.Random(job.config.run.seed).shuffle(rows)
     settings = KTOConfig(**arguments(job, {f.name for f in fields(KTOConfig)}))
     score_completions_only()
-    guard = Guard(job.hooks.warn)
-    recorder = Recorder(job, guard, period=1)
-    trainer = DuetKTOTrainer(
-        guard,
-        model=job.model,
-        ref_model=reference(job, settings),
-        args=settings,
-        train_dataset=datasets.Dataset.from_list(rows),
-        processing_class=job.tokenizer,
-        callbacks=[guard, recorder],
-    )
-    return run_trainer(job, trainer, guard, recorder)
+    return offline.run(job, settings, DuetKTOTrainer, rows, ref_model=reference(job, settings))

@@ -10,7 +10,7 @@ from typing import Any
 import datasets
 import torch
 from trl.models.utils import disable_gradient_checkpointing
-from trl.trainer.utils import use_adapter
+from trl.trainer.utils import add_fused_lm_head, use_adapter
 
 from rl.algorithms.base import Job, Outcome, Recorder, Timer, run_trainer
 from rl.algorithms.guard import Guard
@@ -22,6 +22,7 @@ from rl.algorithms.learner import (
     score_completions_only,
     shared_prefix,
 )
+from rl.algorithms.mismatch import Alarm, measure
 from rl.algorithms.seam import EpochSampler, MLXGeneration
 from rl.rollouts.result import Sampling
 
@@ -35,10 +36,14 @@ class Online:
     def __init__(self, job: Job, guard: Guard, timer: Timer, **kwargs: Any):
         super().__init__(**kwargs)
         self.job, self.guard, self.timer = job, guard, timer
+        self.alarm = Alarm(job.config.rollout, guard.health, guard.warn)
         self.last: Forward | None = None
         self.completions: list[list[int]] = []
         self.sampling_round = 0  # a step that samples more than once draws from other streams each time
         self.eos_token_ids = job.stop_ids
+        if job.reference is not None:  # in place of TRL's, which is the start
+            add_fused_lm_head(job.reference, temperature=self.temperature)
+            self.ref_model = self.accelerator.prepare_model(job.reference, evaluation_mode=True)
         if job.sampler is None:
             self.generation_config.eos_token_id = job.stop_ids
             return
@@ -94,13 +99,21 @@ class Online:
         return super()._generate_and_score_completions(inputs)
 
     def _measure_ratio(self, batch: dict[str, Any]) -> None:
-        """Effective sample size of the tokens' untruncated weights, (sum w)^2 / (n sum w^2): 1 when on-policy."""
+        """Effective sample size of the tokens' untruncated weights, (sum w)^2 / (n sum w^2): 1 when on-policy; and what
+        the correction leaves of the gradient, with its alarm."""
         difference = batch["old_per_token_logps"] - batch["sampling_per_token_logps"]
         weights = difference[batch["completion_mask"].bool()].exp()  # MPS has no float64
         weights = weights[torch.isfinite(weights)]
         if len(weights):
             ess = weights.sum() ** 2 / (len(weights) * (weights**2).sum())
             self._metrics["train"]["sampling/ess"].append(ess.item())
+        rollout, mask = self.job.config.rollout, batch["completion_mask"]
+        applied = batch["importance_sampling_ratio"]
+        found = measure(difference, mask, applied, rollout.correction, rollout.correction_cap)
+        if found is not None:
+            for name, value in found.metrics().items():
+                self._metrics["train"][name].append(value)
+            self.alarm.hear(self.state.global_step + 1, found)
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> torch.Tensor:
         self.guard.batch = inputs

@@ -31,15 +31,16 @@ class Dataset:
     heldout: list[Row]
 
 
-def build(config: "Config") -> Dataset:
+def build(config: "Config", sampled: Path | None = None) -> Dataset:
     """The rows that `[data]` and `[eval] size` describe; a pure function of them (and of the files they name).
 
-    `heldout` has exactly `eval.size` rows, `train` at most `data.train_size`, never one twice.
+    `sampled` is the folder of the finished run that [data] from names: its pairs are `train`. `heldout` has exactly
+    `eval.size` rows, `train` at most `data.train_size`, never one twice.
     Raises UserError (one line) for a pool that is too small, an impossible combination, or rows that cannot be had.
     """
     data, where = config.data, f"{config.path}: [data]"
-    if data.from_ is not None:
-        raise UserError(f"{where} from = '{data.from_}': source '{data.source}' builds on no run; remove it")
+    if data.from_ is not None and sampled is None:
+        raise UserError(f"{where} from = '{data.from_}': its run is not made here; `python -m rl train` makes it first")
     if data.system is not None and data.form != "chat":
         raise UserError(f"{where} system needs form = 'chat', found form = '{data.form}'")
     if data.shots and data.source in ("jsonl", "hub"):
@@ -55,10 +56,11 @@ def build(config: "Config") -> Dataset:
         "hub": tables.hub_rows,
     }
     train, heldout = readers[data.source](config)
+    if sampled is not None:
+        train = tables.of_run(sampled, config, heldout)
     named = {"jsonl": f"jsonl:{data.path}", "hub": f"hub:{data.name}"}
-    return Dataset(
-        named.get(data.source, data.source), sha256_json({"train": train, "heldout": heldout}), train, heldout
-    )
+    source = named.get(data.source, data.source) if sampled is None else f"pairs of {sampled.name}"
+    return Dataset(source, sha256_json({"train": train, "heldout": heldout}), train, heldout)
 
 
 def export(dataset: Dataset, folder: Path) -> tuple[Path, Path]:

@@ -1,7 +1,7 @@
-"""Preference rows: what DPO and KTO train on, ready in a file or sampled by the run itself (`rl.pairs`).
+"""Preference rows: what DPO, ORPO, CPO and KTO train on, ready in a file or sampled by the run itself (`rl.pairs`).
 
-dpo: `prompt`, `chosen`, `rejected`. kto: `prompt`, `completion`, `label` (true for a good completion). A row of either
-kind needs no `answer`: only held-out questions are graded.
+dpo, orpo, cpo, reward: `prompt`, `chosen`, `rejected` (reward takes a number `margin` too). kto: `prompt`,
+`completion`, `label` (true for a good completion). No such row needs an `answer`: only held-out questions are graded.
 """
 
 from collections.abc import Mapping, Sequence
@@ -12,14 +12,19 @@ from rl.errors import UserError
 
 Row = dict[str, Any]
 
-COLUMNS: dict[str, tuple[str, ...]] = {"dpo": ("chosen", "rejected"), "kto": ("completion", "label")}
+_PAIR = ("chosen", "rejected")
+COLUMNS: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(("dpo", "orpo", "cpo", "reward"), _PAIR),
+    "kto": ("completion", "label"),
+}
 # what a run adds to rows it has sampled itself: the very tokens, which texts do not always give back
+_PAIR_IDS = ("prompt_ids", "chosen_ids", "rejected_ids")
 IDS: dict[str, tuple[str, ...]] = {
-    "dpo": ("prompt_ids", "chosen_ids", "rejected_ids"),
-    "kto": ("prompt_ids", "completion_ids"),
+    **dict.fromkeys(("dpo", "orpo", "cpo", "reward"), _PAIR_IDS),
+    **dict.fromkeys(("kto", "bon"), ("prompt_ids", "completion_ids")),
 }
 # the columns that tell a preference row from a question, which may have a (gold) completion too
-_MARKS = {"dpo": ("chosen", "rejected"), "kto": ("label",)}
+_MARKS = {algorithm: ("label",) if algorithm == "kto" else needed for algorithm, needed in COLUMNS.items()}
 _ANSWERS = ("completion", "chosen", "rejected")  # columns that hold something the assistant says
 
 
@@ -67,6 +72,15 @@ def check(row: Row, needed: Sequence[str], where: str) -> None:
         raise UserError(f"{where}: 'label' must be true or false, found {row['label']!r:.60}")
     if "chosen" in needed and row["chosen"] == row["rejected"]:
         raise UserError(f"{where}: 'chosen' and 'rejected' are the same, {row['chosen']!r:.60}: no preference")
+
+
+def unpaired(row: Row) -> list[Row]:
+    """The two labelled completions of a pair, as kto takes them."""
+    same = {k: v for k, v in row.items() if k not in ("chosen", "rejected", "id")}
+    return [
+        {"id": f"{row['id']}/{name}", **same, "completion": row[column], "label": label}
+        for name, column, label in (("right", "chosen", True), ("wrong", "rejected", False))
+    ]
 
 
 def spoken(row: Row) -> Row:

@@ -1,6 +1,7 @@
 """Rows from files or the hub: columns `prompt` (text or chat messages) and `answer`; others are kept for rewards.
 
-For dpo and kto the training rows may be preferences instead of questions: see `rl.data.preferences`.
+For dpo, kto and reward the training rows may be preferences instead of questions (`rl.data.preferences`); for reward,
+which is measured on pairs, the held-out rows too.
 """
 
 import hashlib
@@ -28,8 +29,8 @@ def jsonl_rows(config: "Config") -> tuple[list[Row], list[Row]]:
     if data.path is None:
         raise UserError(f"{config.path}: [data] path is missing: source 'jsonl' needs the file of the rows")
     train = _read(folder / data.path, data, config.trainer.algorithm)
-    heldout = None if data.heldout_path is None else _read(folder / data.heldout_path, data)
-    if heldout is None and preferences.ready(train, config.trainer.algorithm, str(data.path)):
+    heldout = None if data.heldout_path is None else _read(folder / data.heldout_path, data, _measured(config))
+    if heldout is None and not _measured(config) and preferences.ready(train, config.trainer.algorithm, str(data.path)):
         raise UserError(
             f"{config.path}: [data] heldout_path is missing: {data.path} holds preferences, and the run is measured on "
             "questions: a jsonl file with columns prompt and answer"
@@ -47,13 +48,42 @@ def hub_rows(config: "Config") -> tuple[list[Row], list[Row]]:
     if data.name is None:
         raise UserError(f"{config.path}: [data] name is missing: source 'hub' needs the data set's id, 'org/name'")
     train = _fetch(data.split, config, config.trainer.algorithm)
-    if data.heldout_split == data.split and preferences.ready(train, config.trainer.algorithm, str(data.name)):
+    same = data.heldout_split == data.split
+    if same and not _measured(config) and preferences.ready(train, config.trainer.algorithm, str(data.name)):
         raise UserError(
             f"{config.path}: [data] heldout_split = '{data.split}' holds preferences, and the run is measured on "
             "questions with an answer: name a split of those, or take source = 'jsonl' with a heldout_path"
         )
-    heldout = None if data.heldout_split == data.split else _fetch(data.heldout_split, config)
+    heldout = None if same else _fetch(data.heldout_split, config, _measured(config))
     return _split(train, heldout, config, f"{data.name}/{data.split}", f"{data.name}/{data.heldout_split}")
+
+
+def of_run(folder: Path, config: "Config", heldout: list[Row]) -> list[Row]:
+    """At most `data.train_size` of the preferences that the finished run in `folder` has sampled, none on a held-out
+    prompt. As texts: its token ids may mean something else here. For kto pairs come as two labelled completions.
+
+    Raises UserError when the run has sampled none, or not of the kind that the algorithm takes.
+    """
+    from rl import pairs
+
+    where, algorithm = f"{config.path}: [data] from = '{config.data.from_}'", config.trainer.algorithm
+    path = folder / pairs.FILE
+    if not path.is_file():
+        raise UserError(f"{where}: that run has sampled no pairs ({path} is not there): its rows came from a file")
+    rows = [preferences.portable(json.loads(line)) for line in path.read_text(encoding="utf-8").split("\n") if line]
+    if algorithm == "kto" and "label" not in rows[0]:
+        rows = [half for row in rows for half in preferences.unpaired(row)]
+    preferences.ready(rows, algorithm, where)
+    asked = {_asked(row) for row in heldout}
+    rows = [row for row in rows if _asked(row) not in asked]
+    if not rows:
+        raise UserError(f"{where}: every prompt of its pairs is held out here: take another [data] seed")
+    return _choose(rows, config.data.train_size, config.data.seed, "id")
+
+
+def _measured(config: "Config") -> str | None:
+    """The algorithm whose preference rows may be held out, None where only questions may."""
+    return "reward" if config.trainer.algorithm == "reward" else None
 
 
 def _read(path: Path, data: "Data", algorithm: str | None = None) -> list[Row]:

@@ -1,4 +1,4 @@
-"""Verifiable rewards in TRL's calling convention, and the grader of held-out completions.
+"""Verifiable and learned rewards in TRL's calling convention, and the grader of held-out completions.
 
 `[[reward]] name` is one of NAMES, or "module:function" for a function of your own: TRL's batch convention
 `f(prompts, completions, **columns) -> list[float | None]`, found from the folder the command runs in.

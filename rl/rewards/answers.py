@@ -90,11 +90,13 @@ def grade(
     row: Mapping[str, Any],
     reward_options: Mapping[str, Any] | None = None,
     scorer: Scorer | None = None,
+    any_form: bool = False,
 ) -> Score:
     """Score one completion of `row` (needs `answer`; `prompt` decides the form where no option does).
 
     Options: `extract` (one of EXTRACTS), `stop` (plain form only, default newline). `scorer` replaces comparison with
-    `row["answer"]` by a task's own verdict on the extracted value. Text after the stop never counts.
+    `row["answer"]` by a task's own verdict on the extracted value. With `any_form` the value may be written in another
+    way than the answer (1.0 for 1) and still be strictly right. Text after the stop never counts.
     """
     options = reward_options or {}
     how: Extract = options.get("extract") or default_extract(row.get("prompt", ""))
@@ -102,7 +104,7 @@ def grade(
     text, answer = text_of(completion), str(row["answer"]).strip()
     multiline = "\n" in answer
     value = extract(text, how, stop=stop, multiline=multiline)
-    wellformed = value is not None and _in_form(value, answer)
+    wellformed = value is not None and (any_form or _in_form(value, answer))
     strict = wellformed and (scorer(value, row) if scorer else value == answer)
     if how == "plain" and not multiline:
         text = text.lstrip().split(stop, 1)[0]  # a leading blank line is a matter of format

@@ -14,7 +14,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rl.errors import RunFailed, UserError
+from rl.rewards import json_schema
 from rl.rewards.answers import EXTRACTS, Score, Scorer, grade, text_of
+from rl.rewards.equivalence import equivalent
+from rl.rewards.learned import LearnedReward
 
 if TYPE_CHECKING:
     from rl.config import Reward
@@ -130,9 +133,13 @@ def build(rewards: "tuple[Reward, ...]") -> list[RewardFunction]:
 
 def grader(rewards: "tuple[Reward, ...]") -> Callable[[Any, Mapping[str, Any]], Score]:
     """`(completion, row) -> Score` as the first verifying reward sees it; plain comparison where there is none."""
-    reward = next((r for r in rewards if r.name in ("exact", "reasoning-gym")), None)
-    scorer = _gym_scorer("[[reward]] reasoning-gym") if reward and reward.name == "reasoning-gym" else None
-    return partial(grade, reward_options=reward.options if reward else None, scorer=scorer)
+    reward = next((r for r in rewards if r.name in ("exact", "reasoning-gym", "math-verify")), None)
+    if reward is None:
+        return grade
+    if reward.name == "math-verify":
+        return partial(grade, reward_options=reward.options, scorer=equivalent, any_form=True)
+    scorer = _gym_scorer("[[reward]] reasoning-gym") if reward.name == "reasoning-gym" else None
+    return partial(grade, reward_options=reward.options, scorer=scorer)
 
 
 # --- the named rewards: options -> batch function
@@ -145,6 +152,32 @@ def _exact(options: Mapping[str, Any], _: str) -> BatchReward:
 def _gym(options: Mapping[str, Any], where: str) -> BatchReward:
     scorer = _gym_scorer(where)
     return _each(lambda completion, row: float(grade(completion, row, options, scorer).strict))
+
+
+def _math(options: Mapping[str, Any], _: str) -> BatchReward:
+    return _each(lambda completion, row: float(grade(completion, row, options, equivalent, any_form=True).strict))
+
+
+def _json(options: Mapping[str, Any], where: str) -> BatchReward:
+    """1 for a completion that is one JSON document (whitespace around it aside) and keeps to the schema, else 0."""
+    schema = options["schema"]
+    try:
+        json_schema.check(schema)
+    except ValueError as error:
+        raise UserError(f"{where}: {error}") from error
+
+    def score(completion: Any, _row: Mapping[str, Any]) -> float:
+        try:
+            value = json_schema.parse(text_of(completion))
+        except ValueError:
+            return 0.0
+        return float(json_schema.valid(value, schema))
+
+    return _each(score)
+
+
+def _model(options: Mapping[str, Any], where: str) -> BatchReward:
+    return LearnedReward(where, **{name: value for name, value in options.items() if name != "model"})
 
 
 def _format(options: Mapping[str, Any], _: str) -> BatchReward:
@@ -231,9 +264,23 @@ _LIMIT = {
     "limit": Option(lambda v: type(v) is int and v >= 1, "a number of tokens, 1 or more", required=True),
     "cache": Option(lambda v: type(v) is int and v >= 1, "a number of tokens, 1 or more", required=True),
 }
+_SCHEMA = {"schema": Option(lambda v: isinstance(v, dict), "a table, the JSON schema", required=True)}
+_LEARNED = {
+    "model": Option(
+        lambda v: isinstance(v, str) and v != "",
+        "a config of algorithm 'reward' relative to this one, a model folder or a hub id (text)",
+        required=True,
+    ),
+    "batch_size": Option(lambda v: type(v) is int and v >= 1, "a number of completions, 1 or more"),
+    "normalise": Option(lambda v: v in ("standard", "none"), "'standard' or 'none'"),
+    "clip": Option(lambda v: type(v) in (int, float) and 0 < v < math.inf, "a number above 0"),
+}
 _NAMED = {
     "exact": Named(_exact, _ANSWER),
     "reasoning-gym": Named(_gym, _ANSWER),
+    "math-verify": Named(_math, _ANSWER),
+    "json": Named(_json, _SCHEMA),
+    "model": Named(_model, _LEARNED),
     "format": Named(_format, _ANSWER),
     "regex": Named(_regex, _PATTERN),
     "length": Named(_length, _TOKENS),
