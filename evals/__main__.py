@@ -1,7 +1,10 @@
-"""`python -m evals [RUN ...]`: measure finished runs, then build the tables. `nox -s eval -- ...` runs it."""
+"""`python -m evals [MODEL ...]`: measure, then build the tables. `nox -s eval -- ...` runs it."""
 
 import argparse
+import importlib
+import os
 import sys
+import time
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,59 +12,112 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from evals import measure, published, runs, table
-from rl.config_read import nearest
+from evals import catalog, harness, measure, published, runs
+from rl.display import Display
 from rl.errors import RunFailed, UserError
 
 ROOT = Path(__file__).resolve().parent.parent
+# word -> module whose main(argv, root) does it
+COMMANDS = dict.fromkeys(published.COMMANDS, "published")
+COMMANDS |= {"table": "table", "compare": "compare", "plot": "plot", "bench": "bench", "fetch": "bigbench"}
 
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     made = argparse.ArgumentParser(
         prog="python -m evals",
-        description="Measure finished runs with lm-eval, beside the model each started from, and write "
-        "evals/tables/results.md. `python -m evals table` only builds the tables again; `publish RUN ...`, `published` "
-        "and `check` keep evals/published/, what is committed for readers (each has its own --help).",
+        description="Measure models with lm-eval and write evals/tables/. A run of models/final is measured beside the "
+        "model it started from. What was measured before with the same weights, task and settings is not measured "
+        "again, and a killed measurement goes on where it stopped.",
+        epilog=f"Other commands, each with its own --help: {', '.join(sorted(COMMANDS))}.",
     )
-    made.add_argument("runs", nargs="*", metavar="RUN", help="names in models/final; all when none is given")
-    made.add_argument("--tasks", default="heldout", help="task names, separated by commas (default: heldout)")
-    made.add_argument("--limit", type=_positive, metavar="N", help="ask only the first N questions")
+    made.add_argument(
+        "models",
+        nargs="*",
+        metavar="MODEL",
+        help="a run in models/final, a model folder or a hub id (org/name); all runs when none is given",
+    )
+    made.add_argument(
+        "--tasks",
+        help="tasks, groups or patterns, separated by commas: ours (--list) or lm-eval's by name; default: heldout for "
+        "runs, sums for other models",
+    )
+    made.add_argument("--limit", type=_positive, metavar="N", help="ask only the first N questions of each task")
+    made.add_argument(
+        "--backend",
+        choices=["auto", "mlx", "hf"],
+        default="auto",
+        help="auto: mlx where the engine knows the family and no --device is given, else hf",
+    )
     made.add_argument("--batch-size", type=_positive, default=32, metavar="N", help="sequences at once (default: 32)")
-    made.add_argument("--device", choices=["auto", "mps", "cuda", "cpu"], default="auto")
+    made.add_argument("--device", choices=["auto", "mps", "cuda", "cpu"], default="auto", help="of the hf backend")
     made.add_argument("--dtype", choices=["float32", "float16", "bfloat16"], default="float32", help="default: float32")
+    made.add_argument("--seed", type=int, default=0, metavar="N", help="of what lm-eval draws (default: 0)")
     made.add_argument("--again", action="store_true", help="measure again what is up to date")
-    made.add_argument("--list", action="store_true", help="list runs and tasks, and measure nothing")
+    made.add_argument("--list", action="store_true", help="list runs and tasks (of lm-eval's those of --tasks)")
     return made
 
 
 def main(argv: Sequence[str] | None = None, root: Path = ROOT) -> None:
-    """Run the command line. Raises UserError for a wrong name or a broken file, before anything is written."""
+    """Run the command line. Raises UserError for a wrong name or a broken file, before anything is measured."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    if argv and argv[0] in published.COMMANDS:
-        published.main(argv, root)
+    if argv and argv[0] in COMMANDS:
+        given = argv if COMMANDS[argv[0]] == "published" else argv[1:]
+        importlib.import_module(f"evals.{COMMANDS[argv[0]]}").main(given, root)
         return
     args = parser().parse_args(argv)
     console = Console()
     if args.list:
-        _list(console, root)
+        _list(console, root, args.tasks)
         return
-    if args.runs != ["table"]:
-        wanted = [runs.load(root, name) for name in args.runs or _all(root)]
-        tasks = [_task(name) for name in args.tasks.split(",")]
-        # every run is looked at before the first is measured: a broken one costs no minutes
-        jobs = [(run, subject, task) for run in wanted for subject in _checked(root, run) for task in tasks]
-        settings = measure.Settings(
-            device=args.device, dtype=args.dtype, batch_size=args.batch_size, limit=args.limit, again=args.again
+    settings = measure.Settings(
+        backend=args.backend,
+        device=args.device,
+        dtype=args.dtype,
+        batch_size=args.batch_size,
+        limit=args.limit,
+        seed=args.seed,
+        again=args.again,
+    )
+    # all is looked at before the first is measured: a broken one costs no minutes
+    chosen = catalog.find(root, args.tasks) if args.tasks is not None else None
+    known = catalog.ours(root)
+    jobs = []
+    for target in [runs.target(root, name) for name in args.models or _all(root)]:
+        tasks = chosen if chosen is not None else [known["heldout" if target.run else "sums"]]
+        jobs += [measure.job(root, target, subject, task, settings) for subject in target.subjects for task in tasks]
+    _run(root, jobs, settings)
+    from evals import table
+
+    table.main([], root)
+
+
+def _run(root: Path, jobs: list[measure.Job], settings: measure.Settings) -> None:
+    """Measure what is not there yet; a model stays loaded for all its tasks."""
+    os.environ.setdefault("TQDM_DISABLE", "1")  # of packages that are imported from here on
+    display = Display()
+    loaded, holds = None, None
+    checked: set[str] = set()
+    for todo in jobs:
+        done = measure.kept(root, todo, settings)
+        where = todo.path.relative_to(root)
+        if done:
+            how = "up to date:" if done == "up to date" else "same weights, task and settings were measured, copied to"
+            display.note(f"{todo.title}: {how} {where}")
+            continue
+        if todo.task.name not in checked:
+            harness.ensure_data(todo.task)
+            checked.add(todo.task.name)
+        if loaded is None or holds != (todo.target.name, todo.subject, todo.backend):
+            loaded = None  # before the next comes in: both may not fit
+            loaded, holds = measure.load(todo, settings), (todo.target.name, todo.subject, todo.backend)
+        display.stage(f"{todo.title} ({todo.backend}, {loaded.device})")
+        started = time.monotonic()
+        done = measure.measure(
+            root, todo, loaded, settings, lambda total: display.eval_progress(total, title="requests")
         )
-        for run, subject, task in jobs:
-            name = run.name if subject.role == "run" else f"{run.name} (base)"
-            console.print(f"{name} on {task} …", highlight=False)
-            path, made = measure.measure(root, run, subject, task, settings)
-            console.print(f"  {'wrote' if made else 'up to date:'} {path.relative_to(root)}", highlight=False)
-    paths = table.build(root)
-    _show(console, root)
-    console.print(f"tables: {', '.join(str(path.relative_to(root)) for path in paths)}", highlight=False)
+        seconds = time.monotonic() - started
+        display.note(f"{'went on, ' if done == 'resumed' else ''}wrote {where} ({seconds:.1f} s)")
 
 
 def _positive(text: str) -> int:
@@ -78,19 +134,9 @@ def _all(root: Path) -> list[str]:
     return names
 
 
-def _task(name: str) -> str:
-    if name not in measure.tasks():
-        raise UserError(f"--tasks: unknown task {name!r}, {nearest(name, measure.tasks())}")
-    return name
-
-
-def _checked(root: Path, run: runs.Run) -> list[runs.Subject]:
-    runs.heldout(run)
-    return runs.subjects(root, run)
-
-
-def _list(console: Console, root: Path) -> None:
-    made = Table("run", "algorithm", "base", "held-out rows", title="models/final")
+def _list(console: Console, root: Path, wanted: str | None) -> None:
+    """Runs, then tasks with the number of questions, metrics, and whether their data is here."""
+    made = Table("run", "algorithm", "base", "held-out rows", title="models/final", title_justify="left")
     for name in runs.finished(root):
         run = runs.load(root, name)
         config = run.record["config"]
@@ -99,29 +145,25 @@ def _list(console: Console, root: Path) -> None:
             name, str(config.get("trainer", {}).get("algorithm", "?")), str(base or "?"), str(len(runs.heldout(run)))
         )
     console.print(made)
-    console.print(f"tasks: {', '.join(measure.tasks())}")
-
-
-def _show(console: Console, root: Path) -> None:
-    """The paired differences, which is what one ran this for; else the plain scores."""
-    results = table.read(root)
-    differences, unlike = table.compare(results)
-    made = Table("run", "task")
-    for column in ("metric", "n", "before", "after", "gain", "95 % interval"):
-        made.add_column(column, no_wrap=True)
-    for gain in differences:
-        made.add_row(
-            *(gain.run, gain.task, gain.metric, str(gain.n), f"{gain.before:.3f}", f"{gain.after:.3f}"),
-            *(f"{gain.value:+.3f}", f"{gain.low:+.3f} … {gain.high:+.3f}"),
-        )
-    if differences:
-        console.print(made)
-    compared = {gain.run for gain in differences}
-    for result in results:
-        if result.role == "run" and result.run not in compared:
-            scores = ", ".join(f"{row.metric} {row.value:.3f} ± {row.stderr:.3f}" for row in result.rows)
-            why = "asked other questions than its start" if unlike else "its start is not here"
-            console.print(f"{result.run}: {scores} (n = {result.rows[0].n}; {why})", highlight=False)
+    tasks = catalog.find(root, wanted) if wanted else list(catalog.ours(root).values())
+    table = Table(title="tasks", title_justify="left")
+    table.add_column("task", no_wrap=True)
+    for column in ("questions", "metrics", "data"):
+        table.add_column(column)
+    for task in tasks:
+        size, lost = catalog.size(task), catalog.missing(task)
+        count = "each run's" if task.name == "heldout" else "–" if size is None else str(size)
+        here = "each run keeps it" if task.name == "heldout" else "here" if lost is None else "not here"
+        table.add_row(task.name, count, ", ".join(catalog.metrics(task)) or "lm-eval's default", here)
+    console.print(table)
+    names = catalog.index(root)
+    console.print(
+        f"and lm-eval's by name, {len(names.tasks)} tasks and {len(names.groups) + len(names.tags)} groups, where "
+        "their data is here or can be fetched: --list --tasks 'arc_*' shows some\n"
+        "BIG-bench, evaluate only: .venv/bin/python -m evals fetch bigbench:NAME",
+        highlight=False,
+        markup=False,
+    )
 
 
 if __name__ == "__main__":

@@ -1,219 +1,223 @@
-"""One model on one task through lm-eval; results go to evals/results/<run>/[base/]<task>.json, samples beside them."""
+"""One model on one task through lm-eval; results go to evals/results/<name>/[base/]<task>.json, samples beside them."""
 
-import functools
 import hashlib
 import json
-import logging
-import sys
-import time
+import tempfile
+from contextlib import suppress
 from dataclasses import dataclass
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
-from evals import runs
+from evals import backends, cache, harness, runs
+from evals.catalog import Task
 from rl.errors import UserError
 from rl.files import sha256_json, write_text
+from rl.record import git_state
 
-TASKS = Path(__file__).parent / "tasks"
+if TYPE_CHECKING:
+    from evals.backends import Loaded
+
+# code that makes our questions and marks the answers: a result made with other code is made again
+CODE = ("data/gym.py", "data/arithmetic.py", "rewards/answers.py", "rewards/functions.py")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """How to measure; `limit` rows at most, `batch_size` sequences at once."""
+    """How to measure; `limit` questions at most, `batch_size` sequences at once, `seed` of all that lm-eval draws."""
 
+    backend: str = "auto"
     device: str = "auto"
     dtype: str = "float32"
     batch_size: int = 32
     limit: int | None = None
+    seed: int = 0
     again: bool = False
 
 
-def tasks() -> list[str]:
-    """Names of the tasks in evals/tasks/."""
-    return sorted(path.stem for path in TASKS.glob("*.yaml"))
+@dataclass(frozen=True)
+class Job:
+    """One measurement: a subject of a target on a task, the backend chosen for it, and the digest of its inputs."""
+
+    target: runs.Target
+    subject: runs.Subject
+    task: Task
+    backend: backends.Backend
+    path: Path
+    inputs: dict[str, Any]
+    key: str
+
+    @property
+    def title(self) -> str:
+        """For people: "grpo (base) on gym_gcd"."""
+        return f"{self.target.name}{' (base)' if self.subject.role == 'base' else ''} on {self.task.name}"
 
 
-def result_path(root: Path, run: str, role: str, task: str) -> Path:
-    """Where a result lies; the samples are beside it as <task>.samples.jsonl, the questions as <task>.rows.jsonl."""
-    folder = root / "evals" / "results" / run
+Made = Literal["up to date", "same as", "resumed", "wrote"]
+
+
+def result_path(root: Path, name: str, role: str, task: str) -> Path:
+    """Where a result lies; beside it <task>.samples.jsonl, and for a run's own questions <task>.rows.jsonl."""
+    folder = root / "evals" / "results" / name
     return (folder / "base" if role == "base" else folder) / f"{task}.json"
 
 
-def measure(root: Path, run: runs.Run, subject: runs.Subject, task: str, settings: Settings) -> tuple[Path, bool]:
-    """Measure a subject of a run; the result's path, and whether it was made now or found to be up to date.
+def job(root: Path, target: runs.Target, subject: runs.Subject, task: Task, settings: Settings) -> Job:
+    """A measurement with all its inputs hashed; nothing heavy is imported and nothing measured.
 
-    Raises UserError for rows that do not fit the context and for a tokenizer that cannot serve; nothing is written
-    then.
+    Raises UserError for a task the target cannot answer honestly, missing data, a backend that cannot serve, and a
+    result file in the way that is not whole.
     """
-    rows = runs.heldout(run)[: settings.limit]
-    path = result_path(root, run.name, subject.role, task)
-    inputs = {
-        "run": run.name,
-        "role": subject.role,
-        "weights_sha256": runs.weights_sha256(subject),
-        "rows_sha256": sha256_json(rows),
-        "grading": grading(run),
-        "generation": generation(run),
-        "dtype": settings.dtype,
-        "task_sha256": sha256_json([file.read_text(encoding="utf-8") for file in sorted(TASKS.glob(f"{task}.*"))]),
-        "packages": {name: version(name) for name in ("lm-eval", "torch", "transformers", "peft")},
-    }
-    if not settings.again and _up_to_date(path, inputs):
-        return path, False
-    result, samples, asked = _evaluate(root, run, subject, task, rows, settings)
-    result["duet"] = {**inputs, "samples_sha256": hashlib.sha256(samples.encode()).hexdigest()}
-    # the result last: where it is, its samples are whole
-    write_text(path.with_name(f"{task}.rows.jsonl"), asked)
-    write_text(path.with_name(f"{task}.samples.jsonl"), samples)
-    write_text(path, _portable(json.dumps(result, indent=2, ensure_ascii=False), root) + "\n")
-    return path, True
-
-
-def grading(run: runs.Run) -> list[dict[str, Any]]:
-    """The run's rewards as {"name", "weight", "options"}: the first verifying one says what a right answer is."""
-    rewards = run.record["config"].get("reward") or []
-    own = ("name", "weight")
-    return [
-        {
-            **{key: reward[key] for key in own if key in reward},
-            "options": {k: reward[k] for k in reward if k not in own},
+    backend = backends.choose(settings.backend, settings.device, subject)
+    check_unseen(root, target, task)
+    kept: dict[str, Any] = {"limit": settings.limit, "seed": settings.seed}
+    if task.name == "heldout":
+        if target.run is None:
+            raise UserError(f"{target.name}: task heldout asks the questions that a run kept, and this is no run; "
+                            "name other tasks, such as --tasks sums,gym_gcd")  # fmt: skip
+        rows = runs.heldout(target.run)[: settings.limit]
+        kept |= {
+            "rows_sha256": sha256_json(rows),
+            "grading": runs.grading(target.run),
+            "generation": runs.generation(target.run),
         }
-        for reward in rewards
+    names = [
+        "lm-eval",
+        "transformers",
+        "reasoning-gym",
+        *(("mlx", "mlx-lm") if backend == "mlx" else ("torch", "peft")),
     ]
+    inputs = {
+        "backend": backend,
+        "dtype": settings.dtype,
+        "model_sha256": cache.model_sha256(root, subject, runs.tokenizer_folder(target, subject)),
+        "task_sha256": task.sha256,
+        "settings": kept,
+        "packages": {name: _version(name) for name in names},
+        "code_sha256": _code_sha256() if task.kind == "ours" else None,
+    }
+    path = result_path(root, target.name, subject.role, task.name)
+    if path.is_file() and not settings.again:
+        runs.read_json(path, f"it is not overwritten: remove it, or run with --again (results of {target.name})")
+    return Job(target, subject, task, backend, path, inputs, sha256_json(inputs))
 
 
-def generation(run: runs.Run) -> dict[str, Any]:
-    """Length (tokens) and stop strings the run generated with, as lm-eval names them."""
-    rollout = run.record["config"].get("rollout", {})
-    return {"max_gen_toks": int(rollout.get("max_completion_length", 64)), "until": list(rollout.get("stop") or [])}
-
-
-def _up_to_date(path: Path, inputs: dict[str, Any]) -> bool:
-    """Whether a result made from just these inputs is there, with its samples; a broken one is made again."""
+def kept(root: Path, todo: Job, settings: Settings) -> Made | None:
+    """Whether a result made from just these inputs is there ("up to date"), or under another name and is copied."""
+    if settings.again:
+        return None
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))["duet"]
-        samples = path.with_name(f"{path.stem}.samples.jsonl").read_bytes()
+        made = json.loads(todo.path.read_text(encoding="utf-8"))["duet"]
+        if made["key"] == todo.key and cache.samples_match(todo.path, made):
+            return "up to date"
     except (OSError, ValueError, KeyError, TypeError):
-        return False
-    return found == {**inputs, "samples_sha256": hashlib.sha256(samples).hexdigest()}
+        pass
+    other = cache.same(root, todo.key)
+    if other is None:
+        return None
+    result = runs.read_json(other, "measure again")
+    result["duet"] |= {"run": todo.target.name, "role": todo.subject.role}
+    beside = [f"{todo.task.name}.samples.jsonl", f"{todo.task.name}.rows.jsonl"]
+    for source, name in ((other.with_name(name), name) for name in beside):
+        if source.is_file():
+            write_text(todo.path.with_name(name), source.read_text(encoding="utf-8"))
+    write_text(todo.path, json.dumps(result, indent=2, ensure_ascii=False) + "\n")
+    return "same as"
 
 
-def _evaluate(
-    root: Path, run: runs.Run, subject: runs.Subject, task: str, rows: list[dict[str, Any]], settings: Settings
-) -> tuple[dict[str, Any], str, str]:
-    """lm-eval's result object, its samples as jsonl, and the questions asked as jsonl."""
-    import tempfile
-
-    import lm_eval
-    from lm_eval.tasks import TaskManager
-    from lm_eval.utils import handle_non_serializable
-    from transformers.utils.logging import disable_progress_bar
-
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    tokenizer = _tokenizer(run, subject)
-    quiet = not sys.stderr.isatty()  # a log file wants no progress bars
-    if quiet:
-        disable_progress_bar()
-    lm = _model(subject, tokenizer, chat=not isinstance(rows[0]["prompt"], str), settings=settings)
-    docs = [_document(row, tokenizer, grading(run), run) for row in rows]
-    if quiet:
-        lm.generate_until = functools.partial(lm.generate_until, disable_tqdm=True)
-    length = generation(run)
-    for doc in docs:
-        # lm-eval would cut the front of the question off without a word
-        tokens = len(lm.tok_encode(doc["prompt"]))
-        if tokens + length["max_gen_toks"] > lm.max_length:
-            raise UserError(
-                f"{run.folder / 'heldout.jsonl'}: row {doc['id']} has {tokens} tokens, with {length['max_gen_toks']} "
-                f"new ones more than the {lm.max_length} of the context; shorten the prompt or the completion"
-            )
-    asked = "".join(json.dumps(doc, ensure_ascii=False) + "\n" for doc in docs)
-    started = time.monotonic()
-    with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / "rows.jsonl").write_text(asked, encoding="utf-8")
-        result = lm_eval.simple_evaluate(
-            model=lm,
-            tasks=[task],
-            task_manager=TaskManager(
-                include_path=str(TASKS), include_defaults=False, metadata={"rows": f"{folder}/rows.jsonl"}
-            ),
-            gen_kwargs=length,
-            # one question has no sample deviation, and lm-eval divides by n - 1
-            bootstrap_iters=1000 if len(docs) > 1 else 0,
-            random_seed=0,
-            numpy_random_seed=0,
-            torch_random_seed=0,
-            fewshot_random_seed=0,
-        )
-    result["wall_s"] = round(time.monotonic() - started, 3)
-    # where they lie on this machine helps nobody
-    result["configs"][task]["metadata"] |= {"rows": f"{task}.rows.jsonl", "config_source": f"evals/tasks/{task}.yaml"}
-    samples = result.pop("samples")[task]
-    plain = json.loads(json.dumps(result, default=handle_non_serializable))
-    lines = [json.dumps(sample, ensure_ascii=False, default=handle_non_serializable) for sample in samples]
-    return plain, _portable("".join(line + "\n" for line in lines), root), asked
-
-
-def _tokenizer(run: runs.Run, subject: runs.Subject) -> Any:
-    """The run's tokenizer (the base's where the run's folder has none). Raises UserError when it has no EOS."""
-    from transformers import AutoTokenizer
-
-    folder = run.folder if (run.folder / "tokenizer.json").is_file() else subject.model
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(str(folder))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{folder}: no tokenizer can be read ({str(error).splitlines()[0]})") from None
-    if tokenizer.eos_token_id is None:
-        raise UserError(f"{folder}: the tokenizer has no EOS token, so no completion would end; set eos_token there")
-    return tokenizer
-
-
-def _model(subject: runs.Subject, tokenizer: Any, chat: bool, settings: Settings) -> Any:
-    """lm-eval's `hf` model for a subject, with every token of the run's and the model's own EOS as the end."""
-    from lm_eval.models.huggingface import HFLM
-    from transformers import GenerationConfig
-
-    from rl.device import pick
-
-    lm = HFLM(
-        pretrained=str(subject.model),
-        tokenizer=tokenizer,
-        peft=str(subject.adapter) if subject.adapter else None,
-        device=pick(settings.device).type,
+def load(todo: Job, settings: Settings) -> "Loaded":
+    """The job's model, ready for lm-eval."""
+    tokenizer = backends.tokenizer_of(runs.tokenizer_folder(todo.target, todo.subject))
+    return backends.load(
+        todo.subject,
+        tokenizer,
+        todo.backend,
+        device=settings.device,
         dtype=settings.dtype,
         batch_size=settings.batch_size,
+    )
+
+
+def measure(root: Path, todo: Job, loaded: "Loaded", settings: Settings, progress: cache.Progress) -> Made:
+    """Run the task and write result and samples; "resumed" when a killed run had left finished requests.
+
+    Raises UserError for rows that do not fit the context, a tokenizer that cannot serve and data that cannot be had;
+    nothing is written then, and finished requests stay for the next time.
+    """
+    partial = root / "evals" / "results" / ".partial" / f"{todo.key}.jsonl"
+    if settings.again:
+        partial.unlink(missing_ok=True)
+    journal = cache.Journal(partial)
+    resumed = bool(journal.answers)
+    run = todo.target.run if todo.task.name == "heldout" else None
+    lm, where = loaded.lm, f"{run.folder / 'heldout.jsonl'}: row" if run else f"{todo.task.name}: question"
+    check = harness.fits(lm, where) if todo.task.kind == "ours" else None
+    with tempfile.TemporaryDirectory() as folder:
+        if run:
+            asked = harness.own_rows(Path(folder), run, loaded.tokenizer, settings.limit)
+        else:
+            asked = harness.asked(todo.task)
         # a chat template writes BOS itself where the model wants one
-        add_bos_token=False if chat else None,
-    )
-    own = lm.model.generation_config.eos_token_id
-    ends = {tokenizer.eos_token_id, *(own if isinstance(own, list) else [] if own is None else [own])}
-    # Plain greedy decoding: a folder may ship sampling settings or a repetition penalty. And rows that end early in a
-    # batch must stop there: lm-eval drops EOS when it decodes, so text after it would look like the answer's.
-    lm.model.generation_config = GenerationConfig(
-        eos_token_id=sorted(ends), pad_token_id=lm.tokenizer.pad_token_id, bos_token_id=tokenizer.bos_token_id
-    )
-    return lm
-
-
-def _document(row: dict[str, Any], tokenizer: Any, rewards: list[dict[str, Any]], run: runs.Run) -> dict[str, str]:
-    """A row as the task reads it: the prompt as text, the row and the run's rewards as JSON."""
-    prompt = row["prompt"]
-    if not isinstance(prompt, str):
-        if not tokenizer.chat_template:
-            raise UserError(
-                f"{run.folder}: heldout.jsonl holds chat messages and the tokenizer has no chat template; "
-                'add chat_template.jinja to the folder, or train with [data] form = "plain"'
-            )
-        prompt = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
-    return {
-        "id": str(row["id"]),
-        "prompt": prompt,
-        "answer": str(row["answer"]),
-        "task": str(row.get("task", "")),
-        "row": json.dumps(row, ensure_ascii=False),
-        "rewards": json.dumps(rewards),
+        with (
+            backends.bos(lm, False if asked.chat else None),
+            cache.resumable(lm, journal, progress, check, batch=settings.batch_size) as work,
+        ):
+            result = harness.evaluate(lm, asked, settings.limit, settings.seed)
+    result, samples = harness.plain(result, todo.task)
+    samples = _portable(samples, root)
+    made = {
+        "run": todo.target.name,
+        "role": todo.subject.role,
+        "device": loaded.device,
+        **todo.inputs,
+        "key": todo.key,
+        "weights_sha256": runs.weights_sha256(todo.subject),
+        "samples_sha256": hashlib.sha256(samples.encode()).hexdigest(),
+        "batch_size": settings.batch_size,
+        "commit": (git_state(root) or {}).get("commit"),
+        "lm_eval": version("lm-eval"),
+        "tokens_per_s": round(work.tokens / work.seconds, 3) if work.seconds and work.tokens else None,
+        "peak_memory_bytes": backends.peak_memory_bytes(loaded),
+        "seconds": round(work.seconds, 3),
+        "resumed": resumed,
     }
+    # the result last: where it is, its samples are whole
+    if asked.rows:
+        write_text(todo.path.with_name(f"{todo.task.name}.rows.jsonl"), asked.rows)
+    write_text(todo.path.with_name(f"{todo.task.name}.samples.jsonl"), samples)
+    text = json.dumps({"duet": made, **result}, indent=2, ensure_ascii=False)
+    write_text(todo.path, _portable(text, root) + "\n")
+    partial.unlink(missing_ok=True)
+    with suppress(OSError):  # another measurement's requests may be there
+        partial.parent.rmdir()
+    return "resumed" if resumed else "wrote"
+
+
+def check_unseen(root: Path, target: runs.Target, task: Task) -> None:
+    """Raise UserError where the run may have been trained on the task's own questions (see evals/tasks/offline.py)."""
+    asked = task.config.get("dataset_kwargs") or {} if task.kind == "ours" else {}
+    for data in runs.trained_on(root, target.run) if target.run else []:
+        families = [entry.get("name") for entry in data.get("task") or [] if isinstance(entry, dict)]
+        gym = data.get("source") == "reasoning-gym" and asked.get("family") in families and data.get("seed", 0) != 0
+        sums = data.get("source") == "arithmetic" and task.name == "sums" and data.get("operation", "+") == "+"
+        same = all(data.get(key) == asked.get(key) for key in ("max_a", "max_b", "shots")) and data.get("seed", 0) == 0
+        if gym or (sums and not same):
+            raise UserError(
+                f"{target.name} on {task.name}: it was trained on questions of this kind split another way "
+                "([data] seed, max_a, max_b or shots), so it may have seen these; --tasks heldout asks what it did not"
+            )
+
+
+def _code_sha256() -> str:
+    folder = Path(__file__).resolve().parent.parent / "rl"
+    return sha256_json([(folder / name).read_text(encoding="utf-8") for name in CODE])
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
 
 
 def _portable(text: str, root: Path) -> str:

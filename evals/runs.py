@@ -1,6 +1,11 @@
-"""Finished runs as `evals` sees them: folders below models/final/, never trainer objects. Imports nothing heavy."""
+"""What `evals` measures: finished runs (folders below models/final/, never trainer objects), model folders, hub ids.
 
+Imports nothing heavy.
+"""
+
+import hashlib
 import json
+import re
 import struct
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +32,75 @@ class Subject:
     role: str  # "run" is what the run made, "base" is what it started from
     model: Path
     adapter: Path | None = None
+
+
+@dataclass(frozen=True)
+class Target:
+    """What one MODEL argument means. `name` is its folder below evals/results/; `run` is None for any other model."""
+
+    name: str
+    subjects: list[Subject]
+    run: Run | None = None
+
+
+def target(root: Path, text: str) -> Target:
+    """The run, model folder, packaged model or hub id that `text` means, its files checked.
+
+    Raises:
+        UserError: nothing of that name, a folder without whole weights, a hub model that is not here and not fetched.
+    """
+    given = next((path for path in (Path(text), root / text) if path.is_dir()), None)
+    final = (root / "models" / "final").resolve()
+    is_name = bool(text) and Path(text).name == text
+    if (is_name and (final / text / "run.json").is_file()) or (given and given.resolve().parent == final):
+        run = load(root, text)
+        return Target(run.name, subjects(root, run), run)
+    from rl import models
+
+    if given is None and text == models.PACKAGED:
+        given = _packaged(root)
+    if given is None and models.HUB_ID.fullmatch(text):
+        folder = models.fetch(text, f"model '{text}'")
+        return Target(text.replace("/", "__"), [Subject("run", folder)])
+    if given is None:
+        run = load(root, text)  # which says what is near
+        return Target(run.name, subjects(root, run), run)
+    return Target(_safe_name(root, given.resolve()), [_folder(root, given.resolve())])
+
+
+def tokenizer_folder(target: Target, subject: Subject) -> Path:
+    """Where a subject's tokenizer is: in the run's folder, so that a run and its start read the same, else its own."""
+    folders = [target.run.folder if target.run else None, subject.adapter]
+    return next((folder for folder in folders if folder and (folder / "tokenizer.json").is_file()), subject.model)
+
+
+def trained_on(root: Path, run: Run) -> list[dict[str, Any]]:
+    """The [data] tables of a run and of the runs its model came from, as far as they are here."""
+    found = [run.record["config"].get("data") or {}]
+    for parent in run.record.get("parents") or []:
+        name = str(parent.get("name", "")) if parent.get("role") == "model.from" else ""
+        if name and name != run.name and (root / "models" / "final" / name / "run.json").is_file():
+            found += trained_on(root, load(root, name))
+    return found
+
+
+def grading(run: Run) -> list[dict[str, Any]]:
+    """The run's rewards as {"name", "weight", "options"}: the first verifying one says what a right answer is."""
+    rewards = run.record["config"].get("reward") or []
+    own = ("name", "weight")
+    return [
+        {
+            **{key: reward[key] for key in own if key in reward},
+            "options": {k: reward[k] for k in reward if k not in own},
+        }
+        for reward in rewards
+    ]
+
+
+def generation(run: Run) -> dict[str, Any]:
+    """Length (tokens) and stop strings the run generated with, as lm-eval names them."""
+    rollout = run.record["config"].get("rollout", {})
+    return {"max_gen_toks": int(rollout.get("max_completion_length", 64)), "until": list(rollout.get("stop") or [])}
 
 
 def finished(root: Path) -> list[str]:
@@ -107,6 +181,50 @@ def read_json(path: Path, remedy: str) -> Any:
         raise UserError(f"{path}: not whole JSON ({error}); {remedy}") from None
 
 
+def _folder(root: Path, folder: Path) -> Subject:
+    """A model folder, or a PEFT adapter's folder on the base it names."""
+    adapter = folder / "adapter_config.json"
+    if adapter.is_file():
+        name = str(read_json(adapter, "get the file again").get("base_model_name_or_path", ""))
+        base = _existing(name, root, folder)
+        if base is None:
+            raise UserError(f"{adapter}: base_model_name_or_path {name!r} is not a folder here; bring that model too")
+        _check_weights(folder, "adapter_model", "get the file again")
+        _check_weights(base, "model", "get the file again")
+        return Subject("run", base, folder)
+    if not (folder / "config.json").is_file():
+        raise UserError(f"{folder}: no config.json, so it is not a model folder; give one as save_pretrained writes it")
+    _check_weights(folder, "model", "get the file again")
+    return Subject("run", folder)
+
+
+def _packaged(root: Path) -> Path:
+    """The folder of the packaged SmolLM2, converted where that was not done before."""
+    from rl import config, models
+
+    folder = root / "models" / "base" / models.PACKAGED_NAME
+    if (folder / "base.json").is_file():
+        return folder
+    return models.resolve_base(
+        config.Config(
+            path=Path("nox -s eval"),
+            run=config.Run(name="eval"),
+            model=config.Model(base=models.PACKAGED),
+            data=config.Data(source="arithmetic", train_size=1),
+            trainer=config.Trainer(algorithm="sft"),
+        ),
+        root,
+    ).path
+
+
+def _safe_name(root: Path, folder: Path) -> str:
+    """A name for the results of a model folder: its own, and a digest of the path unless it is a base of ours."""
+    name = re.sub(r"[^\w.+-]+", "-", folder.name).lstrip(".") or "model"
+    if folder.parent == (root / "models" / "base").resolve() and name not in finished(root):
+        return name
+    return f"{name}-{hashlib.sha256(str(folder).encode()).hexdigest()[:6]}"
+
+
 def _start(root: Path, run: Run) -> Subject | None:
     """The model a run started from where run.json tells: the run that [model] from names, or a base folder."""
     if run.record["config"].get("model", {}).get("from"):
@@ -144,11 +262,11 @@ def _existing(name: str, root: Path, folder: Path) -> Path | None:
     return None
 
 
-def _check_weights(folder: Path, stem: str) -> None:
+def _check_weights(folder: Path, stem: str, remedy: str = "train it again") -> None:
     """Raise UserError unless `folder` holds `stem`*.safetensors files of the length their headers announce."""
     files = sorted(folder.glob(f"{stem}*.safetensors"))
     if not files:
-        raise UserError(f"{folder}: no {stem}*.safetensors, so there is no model to measure; train it again")
+        raise UserError(f"{folder}: no {stem}*.safetensors, so there is no model to measure; {remedy}")
     for path in files:
         size = path.stat().st_size
         with path.open("rb") as file:

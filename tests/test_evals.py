@@ -1,79 +1,20 @@
-"""Measuring runs, on a tiny random Llama that the test writes itself; its statistics are in test_evals_tables.py."""
+"""Measuring runs, on a tiny random Llama that the test writes itself; tasks and targets are in test_evals_tasks.py."""
 
 import json
 import math
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+from evals_checkout import ALPHABET, QUESTIONS, put_llama, put_run, put_tokenizer
 
 from evals import __main__ as cli
-from evals import measure, runs, table
+from evals import catalog, harness, measure, runs, table
 from rl.errors import UserError
 
-ALPHABET = "0123456789+-= "
-QUESTIONS = [(a, b) for a in (3, 7, 12, 40) for b in (2, 5, 8)]  # prompts of 4 and 5 characters: padding matters
-
-
-# --- a checkout with one full run, its base, and one adapter run
-
-
-def _tokenizer(folder: Path) -> int:
-    """A character tokenizer with <pad> and <eos>, written to `folder`; the size of its vocabulary."""
-    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    vocabulary = {token: i for i, token in enumerate(["<pad>", "<eos>", *ALPHABET])}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
-    tokenizer.decoder = decoders.Fuse()
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>")
-    fast.save_pretrained(folder)
-    return len(vocabulary)
-
-
-def _llama(folder: Path, seed: int) -> None:
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    size = _tokenizer(folder)
-    torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=size,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        max_position_embeddings=64,
-        initializer_range=0.6,  # wide, so that greedy paths differ by prompt and some end early
-        pad_token_id=0,
-        bos_token_id=None,
-        eos_token_id=1,
-        tie_word_embeddings=False,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
-
-
-def _run(root: Path, name: str, base: str) -> Path:
-    """models/final/<name>: run.json and heldout.jsonl of an arithmetic run."""
-    folder = root / "models" / "final" / name
-    folder.mkdir(parents=True)
-    record = {
-        "name": name,
-        "status": "finished",
-        "base": {"id": base, "sha256": "0"},
-        "parents": [],
-        "config": {
-            "model": {"base": base},
-            "rollout": {"max_completion_length": 6, "stop": []},
-            "reward": [{"name": "exact", "weight": 1.0, "extract": "plain"}],
-            "trainer": {"algorithm": "grpo"},
-        },
-    }
-    (folder / "run.json").write_text(json.dumps(record))
-    rows = [{"id": f"{a}+{b}", "prompt": f"{a}+{b}=", "answer": str(a + b), "task": "arithmetic"} for a, b in QUESTIONS]
-    (folder / "heldout.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return folder
+ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture(scope="session")
@@ -85,11 +26,11 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     root = tmp_path_factory.mktemp("checkout")
     base = root / "models" / "base" / "random"
-    _llama(base, seed=0)
-    _llama(_run(root, "full", "random"), seed=1)
+    put_llama(base, seed=0)
+    put_llama(put_run(root, "full", "random"), seed=1)
     # a folder may ship settings that are not greedy decoding, and no EOS
     (root / "models/final/full/generation_config.json").write_text('{"repetition_penalty": 3.0}')
-    adapter = _run(root, "lora", "random")
+    adapter = put_run(root, "lora", "random")
     torch.manual_seed(2)
     model = get_peft_model(
         AutoModelForCausalLM.from_pretrained(base),
@@ -97,7 +38,7 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     model.peft_config["default"].base_model_name_or_path = "models/base/random"
     model.save_pretrained(adapter, save_embedding_layers=False)
-    _tokenizer(adapter)
+    put_tokenizer(adapter)
     cli.main(["--batch-size", "5", "--device", "cpu"], root)
     return root
 
@@ -176,9 +117,6 @@ def test_result_is_lm_evals_own_with_error_and_version(measured: Path) -> None:
 
 def test_scores_strict_and_lenient() -> None:
     """Trap: lm-eval's exact match on raw text would mark a right answer followed by anything as wrong."""
-    from lm_eval.tasks import TaskManager
-
-    assert TaskManager(include_path=str(measure.TASKS), include_defaults=False).all_tasks == ["heldout"]
     from evals.tasks import heldout
 
     doc = {"row": json.dumps({"prompt": "7+5=", "answer": "12"}), "rewards": '[{"name": "exact", "options": {}}]'}
@@ -192,16 +130,29 @@ def test_scores_strict_and_lenient() -> None:
     }
 
 
-# --- tables
-
-
-def test_tables_are_byte_identical_when_built_again(checkout: Path) -> None:
-    tables = checkout / "evals" / "tables"
-    first = {path.name: path.read_bytes() for path in tables.iterdir()}
-    assert first.keys() == {"results.md", "results.csv", "differences.csv"}
-    shutil.rmtree(tables)
-    cli.main(["table"], checkout)
-    assert {path.name: path.read_bytes() for path in tables.iterdir()} == first
+@pytest.mark.parametrize("run", ["full", "lora"])
+def test_mlx_answers_as_hf_does(checkout: Path, run: str) -> None:
+    """The same greedy completions and marks; which backend made a result is part of what it depends on."""
+    path = measure.result_path(checkout, run, "run", "heldout")
+    before = _samples(path)
+    cli.main([run, "--backend", "mlx"], checkout)
+    made = json.loads(path.read_text())["duet"]
+    assert made["backend"] == "mlx"
+    assert [(s["resps"], s["strict"]) for s in _samples(path)] == [(s["resps"], s["strict"]) for s in before]
+    assert made["tokens_per_s"] > 0
+    assert made["peak_memory_bytes"] > 1e6
+    assert {
+        "run",
+        "role",
+        "device",
+        "dtype",
+        "model_sha256",
+        "task_sha256",
+        "settings",
+        "commit",
+        "lm_eval",
+        "seconds",
+    } <= (made.keys())
 
 
 # --- the command line
@@ -212,16 +163,85 @@ def test_up_to_date_results_are_kept_and_changed_weights_are_not(
 ) -> None:
     """Trap: a result reused after the run was trained again reports the old model."""
     asked = []
-    monkeypatch.setattr(
-        measure, "_evaluate", lambda root, run, subject, *rest: asked.append((run.name, subject.role)) or 1 / 0
-    )
-    cli.main(["--batch-size", "3"], checkout)
+    monkeypatch.setattr(harness, "evaluate", lambda lm, *rest: asked.append(lm) or 1 / 0)
+    cli.main(["--batch-size", "3", "--backend", "hf"], checkout)
     assert asked == []
     weights = checkout / "models" / "final" / "full" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-4] + b"\x00\x00\x00\x40")
     with pytest.raises(ZeroDivisionError):
-        cli.main([], checkout)
-    assert asked == [("full", "run")]
+        cli.main(["--backend", "hf"], checkout)
+    assert len(asked) == 1
+
+
+def test_second_call_imports_nothing_heavy_and_measures_nothing(checkout: Path) -> None:
+    """An up-to-date `nox -s eval` must be instant, so it may not even import what it would measure with."""
+    done = _python(
+        "import sys; from pathlib import Path; from evals import __main__ as cli\n"
+        f"cli.main(['--backend', 'hf'], Path({str(checkout)!r}))\n"
+        "print(sorted({'torch', 'transformers', 'lm_eval', 'mlx', 'datasets', 'matplotlib'} & sys.modules.keys()))"
+    )
+    assert done.stdout.count("up to date:") == 4
+    assert done.stdout.endswith("[]\n")
+
+
+def test_same_weights_under_another_name_are_copied(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both runs start from one base: the second call must find the first's result, and name its own run in it."""
+    path = measure.result_path(checkout, "lora", "base", "heldout")
+    shutil.rmtree(path.parent)
+    monkeypatch.setattr(harness, "evaluate", lambda *_: 1 / 0)
+    cli.main(["lora", "--backend", "hf"], checkout)
+    other = measure.result_path(checkout, "full", "base", "heldout")
+    made, source = (json.loads(file.read_text()) for file in (path, other))
+    assert (made["duet"]["run"], made["duet"]["role"]) == ("lora", "base")
+    assert made["duet"] | {"run": "full"} == source["duet"]
+    assert made["results"] == source["results"]
+    assert _samples(path) == _samples(other)
+
+
+def test_killed_measurement_goes_on_with_the_requests_it_had_not_finished(
+    checkout: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """Twelve questions, two at a time; the model dies in its fourth batch, and the file loses half its last line."""
+    from lm_eval.models.huggingface import HFLM
+
+    path = measure.result_path(checkout, "full", "run", "heldout")
+    whole = _samples(path)
+    shutil.rmtree(checkout / "evals" / "results")
+    shutil.rmtree(checkout / "models" / "base")  # the run alone
+    generate, calls = HFLM._model_generate, []
+
+    def dies(self: HFLM, *args, **options):
+        calls.append(len(args[0]) if args else len(options["context"]))
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return generate(self, *args, **options)
+
+    monkeypatch.setattr(HFLM, "_model_generate", dies)
+    command = ["full", "--device", "cpu", "--batch-size", "2"]
+    with pytest.raises(KeyboardInterrupt):
+        cli.main(command, checkout)
+    assert not path.exists()
+    (partial,) = (checkout / "evals" / "results" / ".partial").iterdir()
+    assert len(partial.read_text().splitlines()) == 6
+    partial.write_bytes(partial.read_bytes()[:-20])
+    cli.main(command, checkout)
+    assert sum(calls[4:]) == 7  # 12 less the 5 whole lines
+    shown = capsys.readouterr()
+    assert "went on, wrote evals/results/full/heldout.json" in shown.out
+    assert "Running" not in shown.err  # lm-eval's own bar
+    assert _samples(path) == whole
+    assert not partial.exists()
+
+
+def test_truncated_result_is_named_and_not_overwritten(checkout: Path) -> None:
+    path = measure.result_path(checkout, "full", "run", "heldout")
+    _cut(path, 500)
+    with pytest.raises(
+        UserError, match=r"full/heldout\.json: not whole JSON .*remove it, or run with --again"
+    ) as error:
+        cli.main(["full", "--backend", "hf"], checkout)
+    assert "\n" not in str(error.value)
+    assert path.stat().st_size == 500
 
 
 def test_limit_of_one_has_no_stderr(checkout: Path) -> None:
@@ -240,7 +260,10 @@ def test_limit_of_one_has_no_stderr(checkout: Path) -> None:
         (["models/final/nothing-near"], ["no such run", "valid: full, lora"]),
     ],
 )
-def test_wrong_name_is_one_line_with_the_nearest(checkout: Path, argv: list[str], words: list[str]) -> None:
+def test_wrong_name_is_one_line_with_the_nearest(
+    checkout: Path, argv: list[str], words: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(catalog, "index", lambda _: catalog.Index())  # lm-eval's own names take seconds to read
     with pytest.raises(UserError) as error:
         cli.main(argv, checkout)
     assert all(word in str(error.value) for word in words)
@@ -330,16 +353,24 @@ def test_no_runs_says_how_to_make_one(tmp_path: Path) -> None:
         cli.main(["table"], tmp_path)
 
 
-def test_bad_name_exits_with_2_and_imports_nothing_heavy() -> None:
-    import subprocess
-    import sys
+def _python(code: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
 
-    code = (
-        "import sys, runpy; sys.argv = ['evals', 'no-such-run-anywhere']\n"
+
+@pytest.mark.parametrize(
+    ("argv", "code", "begins"),
+    [
+        (["no-such-run-anywhere"], 2, "error: no-such-run-anywhere: "),
+        (["--tasks", "gym_gdc"], 2, "error: --tasks: unknown task 'gym_gdc', did you mean 'gym_gcd'"),
+        (["--help"], 0, ""),
+    ],
+)
+def test_bad_names_and_help_import_nothing_heavy(argv: list[str], code: int, begins: str) -> None:
+    done = _python(
+        f"import sys, runpy; sys.argv = ['evals', *{argv!r}]\n"
         "try: runpy.run_module('evals', run_name='__main__')\n"
-        "except SystemExit as e: print(e.code, sorted({'torch', 'transformers', 'lm_eval'} & sys.modules.keys()))"
+        "except SystemExit as e: print(e.code, sorted({'torch', 'lm_eval', 'mlx'} & sys.modules.keys()))"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout == "2 []\n"
-    assert done.stderr.startswith("error: no-such-run-anywhere: ")
-    assert done.stderr.count("\n") == 1
+    assert done.stdout.endswith(f"{code} []\n")
+    assert done.stderr.startswith(begins)
+    assert done.stderr.count("\n") == (1 if begins else 0)

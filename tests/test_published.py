@@ -7,12 +7,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from evals_helper import put_result
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats as reference
 
 from evals import __main__ as cli
-from evals import measure, published, runs
+from evals import published, runs
 from evals.published_table import fill
 from rl.errors import UserError
 
@@ -118,11 +119,12 @@ def test_a_run_brought_from_another_machine_gets_no_results_of_this_one(root: Pa
     _put(brought, "demo-seed0", after=AFTER[1])
     (root / "evals" / "results" / "demo-seed0").mkdir(parents=True)
     (root / "evals" / "results" / "demo-seed0" / "heldout.json").write_text("{}")
-    (brought / "demo-seed0" / "results" / "base").mkdir(parents=True)
-    (brought / "demo-seed0" / "results" / "base" / "heldout.json").write_text('{"own": 1}')
+    own = put_result(brought, "demo-seed0", [1, 0, 0, 1], "base")
+    own.parent.parent.rename(brought / "demo-seed0" / "results")
     (made,) = published.publish(root, ["demo-seed0"], source=brought, alias="demo-gpu")
     assert made.name == "demo-gpu-seed0"
-    assert {name for name in _files(made) if "results" in name} == {"results/base/heldout.json"}
+    copied = {name for name in _files(made) if "results" in name}
+    assert copied == {"results/base/heldout.json", "results/base/heldout.samples.jsonl.gz"}
     text = (root / "evals" / "published" / "README.md").read_text()
     assert "## demo-gpu\n" in text
     assert "(runs/demo-gpu-seed0/results/base/heldout.json)" in text
@@ -133,9 +135,7 @@ def test_results_of_other_weights_are_refused(root: Path, monkeypatch: pytest.Mo
     """Trap: a run trained again keeps its name, and the scores of the old weights lie there still."""
     subject = runs.Subject("run", root / "models" / "final" / "demo-seed0")
     monkeypatch.setattr(runs, "subjects", lambda root, run: [subject])
-    path = measure.result_path(root, "demo-seed0", "run", "heldout")
-    path.parent.mkdir(parents=True)
-    path.write_text(json.dumps({"duet": {"role": "run", "weights_sha256": runs.weights_sha256(subject)}}))
+    path = put_result(root, "demo-seed0", [1, 0], weights_sha256=runs.weights_sha256(subject))
     (made,) = published.publish(root, ["demo-seed0"])
     assert (made / "results" / "heldout.json").read_bytes() == path.read_bytes()
     (subject.model / "model.safetensors").write_bytes(b"trained again")

@@ -308,6 +308,25 @@ def test_the_detectable_difference_undoes_the_questions_needed(share, discordanc
         assert math.isnan(fewer) or fewer >= share * discordance * (1 - 1e-9)
 
 
+@given(st.floats(0.01, 1), st.floats(0.05, 5), st.sampled_from([0.5, 0.8, 0.95]))
+def test_questions_of_any_score_have_the_power_asked_of_the_normal_test(difference, deviation, power):
+    n = stats.questions_needed_spread(difference, deviation, power)
+
+    def shown(count: int) -> float:
+        """Chance that |value| passes 1.96 errors on the right side, by scipy's normal distribution."""
+        return float(reference.norm.sf(reference.norm.ppf(0.975) - difference * math.sqrt(count) / deviation))
+
+    assert shown(n) >= power - 1e-9
+    assert n == 1 or shown(n - 1) < power + 1e-9
+    assert stats.detectable_spread(n, deviation, power) <= difference * (1 + 1e-9)
+
+
+@pytest.mark.parametrize(("difference", "deviation"), [(0, 1), (0.1, -1), (0.1, math.nan), (math.inf, 1)])
+def test_a_spread_that_cannot_be_plans_nothing(difference, deviation):
+    with pytest.raises(ValueError, match="deviation of"):
+        stats.questions_needed_spread(difference, deviation)
+
+
 def test_no_difference_exceeds_the_share_of_questions_that_differ():
     for difference in (0, 0.3, math.nan):
         with pytest.raises(ValueError, match="cannot be"):

@@ -208,6 +208,18 @@ def questions_needed(difference: float, discordance: float, power: float = 0.8, 
     return max(1, math.ceil((spread / difference) ** 2 * (1 - 1e-12)))
 
 
+def questions_needed_spread(difference: float, deviation: float, power: float = 0.8, alpha: float = 0.05) -> int:
+    """`questions_needed` for scores of any kind, from the standard deviation of the questions' differences.
+
+    Miller 2024 (arXiv:2411.00640), power analysis, one sample a question: n = ((z_α + z_β) σ / δ)², rounded up. With
+    clusters, give stderr · √n as the deviation. ValueError for a difference of 0, or a deviation below 0 or not finite.
+    """
+    if not (difference and math.isfinite(difference) and math.isfinite(deviation) and deviation >= 0):
+        raise ValueError(f"a difference of {difference} with a deviation of {deviation}")
+    at_alpha, at_power = _levels(power, alpha)
+    return max(1, math.ceil(((at_alpha + at_power) * deviation / difference) ** 2 * (1 - 1e-12)))
+
+
 def detectable_difference(n: int, discordance: float, power: float = 0.8, alpha: float = 0.05) -> float:
     """The smallest difference that n questions show with this power, `questions_needed` solved for it.
 
@@ -222,6 +234,16 @@ def detectable_difference(n: int, discordance: float, power: float = 0.8, alpha:
     found = (first * math.sqrt(n) + math.sqrt(root)) / (n + rest) if root >= 0 else math.nan
     # squaring also lets in roots below the significant difference: three questions never show anything
     return found if found <= discordance and found * math.sqrt(n) >= first * (1 - 1e-12) else math.nan
+
+
+def detectable_spread(n: int, deviation: float, power: float = 0.8, alpha: float = 0.05) -> float:
+    """The smallest difference that n questions show with this power, `questions_needed_spread` solved for it.
+
+    ValueError for no question, or a deviation below 0 or not finite.
+    """
+    if n < 1 or not (math.isfinite(deviation) and deviation >= 0):
+        raise ValueError(f"{n} questions with a deviation of {deviation}")
+    return sum(_levels(power, alpha)) * deviation / math.sqrt(n)
 
 
 def _levels(power: float, alpha: float) -> tuple[float, float]:
