@@ -68,7 +68,7 @@ def train(session: nox.Session) -> None:
 
 @nox.session(name="eval")
 def evaluate(session: nox.Session) -> None:
-    """Measure finished runs and write evals/tables/results.md: nox -s eval -- RUN"""
+    """Measure runs and other models with lm-eval and write tables: nox -s eval -- RUN --tasks gym_gcd,arc_easy"""
     python(session, "-m", "evals", *session.posargs)
 
 
@@ -82,6 +82,12 @@ def mps_smoke(session: nox.Session) -> None:
 def doctor(session: nox.Session) -> None:
     """Show versions, devices, memory and disk, and what to do about each."""
     python(session, "-m", "rl", "doctor", *session.posargs)
+
+
+@nox.session
+def plan(session: nox.Session) -> None:
+    """Predict memory and time of a config: nox -s plan -- configs/grpo.toml --chip m4-max --memory 64GB"""
+    python(session, "-m", "rl", "plan", *session.posargs)
 
 
 @nox.session

@@ -33,10 +33,37 @@ def _train(arguments: argparse.Namespace) -> int | None:
     if arguments.seeds and any(override.partition("=")[0].strip() == "run.seed" for override in arguments.set):
         raise UserError("--seeds and --set run.seed=... are both given: give one")
     load(arguments.config, arguments.set)  # before torch and trl, whose import takes seconds
+    from rl.plan import command
+
+    if arguments.plan:
+        return command.main(arguments.config, arguments.set)
+    if not arguments.force:
+        command.refuse(arguments.config, arguments.set)
     import rl.train
 
     return rl.train.main(
         arguments.config, arguments.set, resume=arguments.resume, restart=arguments.restart, seeds=arguments.seeds
+    )
+
+
+def _plan(arguments: argparse.Namespace) -> int | None:
+    from rl.plan import command
+
+    overrides = list(arguments.set)
+    if arguments.batch is not None:
+        overrides.append(f"trainer.per_device_train_batch_size={arguments.batch}")
+    if arguments.table:
+        from rl.plan import table
+
+        return table.main()
+    if arguments.measure is not None:
+        from rl.plan import measure
+
+        return measure.main(arguments.measure, arguments.out)
+    if arguments.config is None:
+        raise UserError("plan: no config given, e.g. `python -m rl plan configs/grpo.toml`, or --table, or --measure")
+    return command.main(
+        arguments.config, overrides, memory=arguments.memory, chip=arguments.chip, prompt=arguments.prompt
     )
 
 
@@ -61,6 +88,12 @@ def _pairs(arguments: argparse.Namespace) -> int | None:
     return rl.pairs.main(arguments.config, arguments.set, arguments.out)
 
 
+def _reward_report(arguments: argparse.Namespace) -> int | None:
+    import rl.reward_report
+
+    return rl.reward_report.main(arguments.run, arguments.against)
+
+
 def _doctor(arguments: argparse.Namespace) -> int | None:
     import rl.doctor
 
@@ -71,6 +104,12 @@ def _smoke(arguments: argparse.Namespace) -> int | None:
     import rl.smoke
 
     return rl.smoke.main()
+
+
+def _audit(arguments: argparse.Namespace) -> int | None:
+    import rl.audit
+
+    return rl.audit.main(arguments.algorithm, write=arguments.write)
 
 
 def _bench(arguments: argparse.Namespace) -> int | None:
@@ -122,7 +161,8 @@ def _parser() -> argparse.ArgumentParser:
     train = command("train", _train, "train what a config says, and what it builds on")
     check = command("check", _check, "check a config and print every setting it resolves to")
     pairs = command("pairs", _pairs, "sample a config's start policy, write right and wrong completions as jsonl")
-    for added, count in ((train, None), (check, "?"), (pairs, None)):
+    plan = command("plan", _plan, "predict memory and time of a config, here or on another machine")
+    for added, count in ((train, None), (check, "?"), (pairs, None), (plan, "?")):
         added.add_argument(
             "config", metavar="CONFIG", type=Path, nargs=count, help="a TOML file, e.g. configs/grpo.toml"
         )
@@ -138,10 +178,29 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument(
         "--seeds", type=_seeds, default=None, metavar="0,1,2", help="train these seeds in turn, one table"
     )
+    train.add_argument("--plan", action="store_true", help="print what the run would need and take, train nothing")
+    train.add_argument("--force", action="store_true", help="train even where the plan says that it does not fit")
+    plan.add_argument("--memory", metavar="64GB", help="memory of the machine; this one's if not given")
+    plan.add_argument("--chip", metavar="m4-max", help="Apple's or NVIDIA's chip; this machine's if not given")
+    plan.add_argument("--batch", type=_count, metavar="N", help="rows of a micro-batch, in place of the config's")
+    plan.add_argument("--prompt", type=_count, metavar="N", help="tokens of the longest prompt, where you know them")
+    plan.add_argument("--table", action="store_true", help="write docs/memory.md: what fits, and how right plans are")
+    plan.add_argument("--measure", nargs="*", metavar="CASE", help="run cases of rl/plan/cases.py, all if none named")
+    plan.add_argument(
+        "--out", type=Path, default=Path("evals/published/plan"), metavar="FOLDER", help="of --measure: its records"
+    )
     pairs.add_argument("--out", type=Path, required=True, metavar="FILE", help="the jsonl file to write")
     check.add_argument("--keys", action="store_true", help="print every table and key with type, default and meaning")
+    scored = command(
+        "reward-report", _reward_report, "accuracy, calibration and length bias of a finished reward model"
+    )
+    scored.add_argument("run", metavar="RUN", help="a run of algorithm reward in models/final")
+    scored.add_argument("--against", metavar="RUN", help="a run trained on it: learned reward beside the verifier")
     command("doctor", _doctor, "versions, device and memory of this machine")
     command("smoke", _smoke, "one tiny training step and rollout on this machine's device")
+    audit = command("audit", _audit, "which operators training dispatches, and whether MPS has them; needs no Mac")
+    audit.add_argument("algorithm", metavar="ALGORITHM", nargs="*", help="e.g. grpo; none = every algorithm")
+    audit.add_argument("--write", action="store_true", help="make docs/operators.md anew")
     bench = command("bench", _bench, "time rollouts, sync and a GRPO step against what they replace")
     bench.add_argument(
         "--shape", action="append", choices=("tiny", "smollm2", "1.7b"), help="model, tiny if none; may be repeated"

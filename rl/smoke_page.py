@@ -1,6 +1,7 @@
 """`build/smoke.md`: the smoke test's table with what is needed to read it later."""
 
 import platform
+import re
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -44,3 +45,10 @@ def markdown(rows: "Iterable[Row]", summary: str, root: Path) -> str:
         "- command: `python -m rl smoke` (`nox -s mps_smoke`)",
     ]
     return "\n".join(lines) + "\n"
+
+
+def chip_name() -> str:
+    """The chip in a file's name: "m4-max" for an Apple M4 Max."""
+    from rl.doctor import chip
+
+    return re.sub(r"[^a-z0-9]+", "-", chip().lower().removeprefix("apple ")).strip("-")

@@ -82,6 +82,7 @@ def test_defaults_per_device(kind, cpu, pinned):
     assert found == device.trainer_defaults(kind)
     assert (found["use_cpu"], found["dataloader_pin_memory"]) == (cpu, pinned)
     assert (found["bf16"], found["fp16"], found["gradient_checkpointing"]) == (False, False, False)
+    assert found.get("pad_to_multiple_of") == (32 if kind == "mps" else None)
 
 
 def test_defaults_are_arguments_that_trl_still_has_and_still_sets_otherwise():

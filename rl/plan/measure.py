@@ -1,0 +1,284 @@
+"""`python -m rl plan --measure`: run a case as `train` runs it, two steps on random weights, and note the peaks.
+
+What counts as the peak:
+- on CUDA `torch.cuda.max_memory_allocated`;
+- on a CPU the most bytes of tensor storages alive at once: every operator of the run is seen by a dispatch mode, and a
+  storage counts from the operator that makes it to its last reference. What a kernel allocates and frees inside one
+  operator is not seen;
+- MLX's own counter, `mx.get_peak_memory`.
+"""
+
+import gc
+import json
+import os
+import tempfile
+import weakref
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from rl import files
+from rl.errors import RunFailed, UserError
+from rl.plan.architecture import KNOWN, config_json
+from rl.plan.cases import LARGE, SMALL, Case
+
+if TYPE_CHECKING:
+    from rl.config import Config
+
+ALPHABET = "".join(chr(c) for c in range(32, 127) if chr(c) not in '"\\')
+STEPS = 2  # the optimizer's states are there from the second on
+LORA = {"rank": 16, "alpha": 32.0}
+PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "mlx")
+
+
+@dataclass
+class LiveBytes:
+    """Bytes of the storages seen so far that are still referenced, and the most there were."""
+
+    now: int = 0
+    peak: int = 0
+
+
+class Tracker(TorchDispatchMode):
+    """Counts the storages of every tensor that goes into or comes out of an operator."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live = LiveBytes()
+        self.seen: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run the operator, then look at what it took and what it gave."""
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        for value in tree_leaves((args, kwargs, out)):
+            if isinstance(value, torch.Tensor) and value.device.type != "meta":
+                self._note(value.untyped_storage())
+        return out
+
+    def _note(self, storage: torch.UntypedStorage) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        if key in self.seen:
+            return
+        self.seen.add(key)
+        self.live.now += size
+        self.live.peak = max(self.live.peak, self.live.now)
+        live, seen = self.live, self.seen
+
+        def gone() -> None:
+            seen.discard(key)
+            live.now -= size
+
+        # torch keeps one Python object for a storage as long as the storage lives
+        weakref.finalize(storage, gone).atexit = False
+
+
+def main(names: list[str], out: Path) -> int:
+    """Measure the cases of these names (all that suit the device where none is given), one after the other, and write
+    `out`/<device>-<name>.json for each. Raises UserError for a name that is none, RunFailed where a case failed."""
+    known = {case.name: case for case in (*SMALL, *LARGE)}
+    for name in names:
+        if name not in known:
+            raise UserError(f"--measure {name}: no such case, valid: {', '.join(known)}")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    home, failed = Path.cwd(), []
+    for name in names or [case.name for case in (LARGE if device == "cuda" else SMALL)]:
+        with tempfile.TemporaryDirectory(prefix="duet-plan-") as folder:
+            os.chdir(folder)  # runs write below the working directory
+            try:
+                record = measure(known[name], Path(folder), device)
+            except Exception as error:  # a case that does not fit the machine must not take the others with it
+                failed.append(f"{name} ({type(error).__name__}: {error!s:.120})")
+                continue
+            finally:
+                os.chdir(home)
+        files.write_json(home / out / f"{device}-{name}.json", record)
+        print(f"{name}: {record['peaks']}", flush=True)
+    if failed:
+        raise RunFailed(f"not measured: {'; '.join(failed)}")
+    return 0
+
+
+def measure(case: Case, folder: Path, device: str) -> dict[str, Any]:
+    """Train `case` in `folder` and return its record: case, sizes as they came out, peaks in bytes, versions."""
+    from rl import config as configs
+    from rl.display import Display
+    from rl.plan import architecture, workload
+    from rl.train import quiet, train_run
+
+    quiet()
+    path = write_case(case, folder, device)
+    config = configs.load(path)
+    shape = architecture.find(config, folder)
+    expected = workload.of(config, prompt=case.prompt, completion=case.completion)
+    counters, note = _counters(config, device)
+    with counters():
+        train_run(path, [], Display(stages=5))
+    peaks = note()
+    lines = (folder / "models" / "final" / config.run.name / "metrics.jsonl").read_text().splitlines()
+    logged = [json.loads(line) for line in lines]
+    longest = max((row.get("completions/max_length") or 0 for row in logged), default=0)
+    return {
+        "case": asdict(case),
+        "device": device,
+        "architecture": asdict(shape),
+        "workload": asdict(expected),
+        "longest_completion": longest,
+        "step_s": logged[-1]["wall_s"] - logged[0]["wall_s"],
+        "peaks": peaks,
+        "packages": {name: _version(name) for name in PACKAGES},
+    }
+
+
+def write_case(case: Case, folder: Path, device: str) -> Path:
+    """The config of `case`, its rows and, for a model of the table, a folder of random weights; all in `folder`."""
+    base = folder / "random" if case.model in KNOWN else None
+    if base is not None:
+        write_random(base, case.model)
+    _write_rows(case, folder, base)
+    return write_config(case, folder, base, device)
+
+
+def write_config(case: Case, folder: Path, base: Path | None, device: str) -> Path:
+    """`folder`/case.toml; `base` is the model's folder, None for a tiny one."""
+    from rl.config_text import to_toml
+
+    model: dict[str, Any] = {"base": str(base)}
+    if base is None:
+        hidden, layers = (int(part) for part in case.model.removeprefix("tiny-").split("x"))
+        sizes = {"hidden": hidden, "layers": layers, "heads": max(1, hidden // 64), "intermediate": 3 * hidden}
+        model = {"base": "tiny", "tiny": sizes | {"alphabet": ALPHABET}}
+    if case.method != "full":
+        model["lora"] = LORA
+    if case.method in ("q4", "q8"):
+        model["quantization"] = {"bits": int(case.method[1]), "group_size": 64}
+    trainer = {
+        "algorithm": case.algorithm,
+        "max_steps": STEPS,
+        "per_device_train_batch_size": case.rows,
+        "gradient_accumulation_steps": case.accumulation,
+        "learning_rate": 1e-6,
+        "save_strategy": "no",
+    }
+    if case.algorithm in ("grpo", "rloo"):
+        trainer |= {"num_generations": 2, "steps_per_generation": case.accumulation}
+    tables: dict[str, Any] = {
+        "run": {"name": "case", "device": device},
+        "model": model,
+        "data": {"source": "jsonl", "path": "train.jsonl", "heldout_path": "heldout.jsonl", "train_size": 1024},
+        "rollout": {"engine": case.engine, "max_completion_length": case.completion},
+        "trainer": trainer | case.trainer,
+        "eval": {"size": 4},
+    }
+    if case.algorithm not in ("sft", "dpo", "orpo"):
+        tables["reward"] = [{"name": "exact", "extract": "last_number"}]
+    path = folder / "case.toml"
+    files.write_text(path, to_toml(tables))
+    return path
+
+
+def write_random(folder: Path, name: str) -> None:
+    """A model folder with the sizes of a known model, normal weights in bfloat16 and SmolLM2's tokenizer."""
+    import shutil
+
+    from safetensors.torch import save_file
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from rl import models
+    from rl.convert import gguf_to_folder
+
+    made = folder.with_name("packaged")
+    gguf_to_folder(models.packaged_gguf(name), made)
+    folder.mkdir()
+    told = config_json(name) | {"rope_theta": 10000.0, "eos_token_id": 2, "bos_token_id": 1, "pad_token_id": 2}
+    config = AutoConfig.for_model(told.pop("model_type"), **told)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    generator = torch.Generator().manual_seed(0)
+    tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
+    tensors = {}
+    for key, value in model.state_dict().items():
+        if key in tied:
+            continue
+        if value.dim() == 1:
+            tensors[key] = torch.ones(value.shape, dtype=torch.bfloat16)
+        else:
+            tensors[key] = torch.empty(value.shape, dtype=torch.bfloat16).normal_(0, 0.02, generator=generator)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    config.save_pretrained(folder)
+    for path in made.iterdir():
+        if path.name.startswith(("tokenizer", "special", "chat")):
+            shutil.copy(path, folder / path.name)
+    shutil.rmtree(made)
+
+
+def _write_rows(case: Case, folder: Path, tokenizer: Path | None) -> None:
+    """Prompts of exactly `prompt` tokens that share no beginning, with answers of `completion` tokens."""
+    import random
+
+    draw = random.Random(0)
+    if tokenizer is None:
+        words = list(ALPHABET.replace(" ", ""))
+    else:
+        from rl.models import Base, load_tokenizer
+
+        loaded = load_tokenizer(Base("random", tokenizer, ""))
+        pieces = [loaded.decode([i]) for i in range(20_000)]
+        words = [p for p in pieces if len(p) > 3 and p[0] == " " and p[1:].isascii() and p[1:].isalpha()]
+
+    def text(count: int) -> str:
+        return "".join(draw.choice(words) for _ in range(count))
+
+    def row(preference: bool) -> dict[str, str]:
+        prompt, answer = text(case.prompt), text(max(1, case.completion - 1))
+        if preference:
+            return {"prompt": prompt, "chosen": answer, "rejected": text(max(1, case.completion - 1))}
+        return {"prompt": prompt, "answer": "1", "completion": answer}
+
+    count = 4 * case.rows * case.accumulation * STEPS
+    for name, rows, preference in (
+        ("train.jsonl", count, case.algorithm in ("dpo", "orpo")),
+        ("heldout.jsonl", 8, False),
+    ):
+        lines = [json.dumps(row(preference)) for _ in range(rows)]
+        files.write_text(folder / name, "\n".join(lines) + "\n")
+
+
+def _counters(config: "Config", device: str) -> tuple[Callable[[], Any], Callable[[], dict[str, int]]]:
+    """A context in which peaks are counted, and what reads them off afterwards."""
+    from contextlib import nullcontext
+
+    gc.collect()  # what an earlier case has left
+    sampled = config.rollout.engine == "mlx"
+    if sampled:
+        from rl.rollouts import device as mlx_device
+
+        mlx_device.reset_peak_memory()
+    tracker = Tracker()
+    if device == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+
+    def note() -> dict[str, int]:
+        peaks = {"mlx": mlx_device.peak_memory_bytes() if sampled else 0}
+        if device == "cuda":
+            return peaks | {
+                "torch": torch.cuda.max_memory_allocated(),
+                "torch_reserved": torch.cuda.max_memory_reserved(),
+            }
+        return peaks | {"torch": tracker.live.peak}
+
+    return (nullcontext if device == "cuda" else lambda: tracker), note
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None

@@ -1,0 +1,183 @@
+"""rl/plan: what a config asks for, its peaks against measured ones, and how these are measured."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from plan_helper import TINY, config_file
+
+from rl import config as configs
+from rl.plan import architecture, machine, memory, table, workload
+
+ROOT = Path(__file__).resolve().parent.parent
+TARGETS = configs.Lora().targets
+
+
+# --- workload
+
+
+def test_rows_and_rollouts_are_those_trl_computes(tmp_path: Path) -> None:
+    """Trap: completions of one rollout, not of one micro-batch, are what decodes at once."""
+    more = ["trainer.gradient_accumulation_steps=8", "trainer.steps_per_generation=4", "trainer.num_iterations=2"]
+    work = workload.of(configs.load(config_file(tmp_path, rows=4), more))
+    assert (work.rows, work.rollout_rows, work.decoded, work.distinct) == (4, 16, 16, 8)
+    assert work.rollouts_per_step == 8 / (4 * 2)
+    assert work.old_logps
+    one = workload.of(configs.load(config_file(tmp_path, rows=4)))
+    assert not one.old_logps  # on-policy, in one piece: the loss forward serves for the old logprobs
+
+
+def test_lengths_of_the_tiny_problems(tmp_path: Path) -> None:
+    work = workload.of(configs.load(config_file(tmp_path)))
+    assert (work.prompt, work.prefix, work.length) == (len("50+9="), 0, 5 + 64)
+
+
+def test_preferences_double_the_rows_and_hold_a_reference(tmp_path: Path) -> None:
+    rows = [{"prompt": "1" * 30, "chosen": "22", "rejected": "3"}]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / "held.jsonl").write_text(json.dumps({"prompt": "12", "answer": "3"}))
+    text = TINY.format(rows=4).replace('"grpo"', '"dpo"').replace("num_generations = 4", "")
+    text = text.replace("steps_per_generation = 1", "").replace('source = "arithmetic"', 'source = "jsonl"')
+    text = text.replace('form = "char"', 'path = "rows.jsonl"\nheldout_path = "held.jsonl"')
+    (tmp_path / "d.toml").write_text(text)
+    work = workload.of(configs.load(tmp_path / "d.toml"))
+    assert (work.rows, work.reference, work.rollout_rows) == (8, True, 0)
+    assert work.length == 30 + 3 + 1
+    adapted = workload.of(configs.load(tmp_path / "d.toml", ["model.lora.rank=4"]))
+    assert not adapted.reference  # TRL keeps the start as a second adapter
+    assert adapted.reference_forward
+
+
+# --- memory
+
+
+def test_what_is_held_all_the_time_is_counted_exactly(tmp_path: Path) -> None:
+    config = configs.load(config_file(tmp_path))
+    shape, work = architecture.find(config, tmp_path), workload.of(config)
+    parts = memory.predict(shape, work, "cpu").trainer
+    assert parts["trainer weights"] == 4 * shape.parameters
+    assert parts["optimizer states"] == 8 * shape.parameters
+    lora = workload.of(configs.load(config_file(tmp_path), ["model.lora.rank=8"]))
+    parts = memory.predict(shape, lora, "cpu").trainer
+    assert parts["adapter"] == 4 * shape.adapter(8, TARGETS, None)
+
+
+def test_a_quantized_sampler_holds_codes_scales_and_biases() -> None:
+    """4 bits in groups of 64 with float32 scale and bias: 0.5 + 8 / 64 bytes a weight."""
+    shape = architecture.known("Qwen/Qwen3-8B")
+    assert memory.codes_bytes(shape, 4, 64) / (shape.parameters - shape.small) == pytest.approx(0.625)
+
+
+def test_checkpointing_keeps_the_residual_stream_alone() -> None:
+    shape = architecture.known("HuggingFaceTB/SmolLM2-135M-Instruct")
+    work = replace(table.standard("full", 8), micro_steps=1)
+    kept = memory._activations(shape, work, "cpu")
+    tokens = 8 * work.length
+    assert kept == pytest.approx(tokens * shape.hidden * 4 * shape.layers, rel=0.2)
+    assert memory._activations(shape, replace(work, checkpointing=False), "cpu") > 10 * kept
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.sampled_from(sorted(architecture.KNOWN)),
+    st.sampled_from(["full", "LoRA", "4-bit LoRA"]),
+    st.sampled_from(["mps", "cuda", "cpu"]),
+    st.sampled_from([1, 2, 4, 8, 16, 32]),
+    st.integers(1, 400),
+)
+def test_more_rows_or_tokens_never_need_less(name: str, method: str, device: str, rows: int, more: int) -> None:
+    shape, work = architecture.known(name), table.standard(method, rows)
+    before = memory.predict(shape, work, device)
+    longer = replace(work, completion=work.completion + more, length=work.length + more)
+    assert all(size >= 0 for size in (*before.trainer.values(), *before.sampler.values()))
+    assert memory.predict(shape, longer, device).total >= before.total
+    assert memory.predict(shape, replace(work, rows=2 * rows), device).torch >= before.torch
+    assert memory.predict(shape, replace(work, decoded=2 * work.decoded), device).mlx >= before.mlx
+    # the whole model's gradients and states are never less than an adapter's
+    assert memory.predict(shape, replace(work, lora_rank=0), device).torch >= before.torch * 0.9
+
+
+def test_predictions_hold_against_the_committed_measurements() -> None:
+    found = table.checks(ROOT / table.RECORDS)
+    assert len(found) >= 12
+    assert {c.method.removeprefix("8-bit ").removeprefix("4-bit ") for c in found} == {"full", "LoRA"}
+    assert any("bit" in c.method for c in found)
+    assert min(c.parameters for c in found) < 2e6
+    wrong = {f"{c.device} {c.name}": round(c.ratio, 3) for c in found if not 1.0 <= c.ratio <= 1.3}
+    assert not wrong
+
+
+def test_memory_page_follows_from_code_and_records() -> None:
+    assert (ROOT / table.PAGE).read_text(encoding="utf-8") == table.page(ROOT / table.RECORDS)
+
+
+def test_numbers_taken_from_elsewhere_are_still_those() -> None:
+    """They are written down again so that a plan needs no torch and no mlx."""
+    from trl.kernels import chunked_logprob
+    from trl.trainer import utils
+
+    from rl import measure
+    from rl.algorithms import learner
+    from rl.rollouts import cache, device, forward, sync
+
+    assert workload.HELDOUT_CHUNK == measure.CHUNK
+    assert workload.SHORTEST_PREFIX == learner.SHORTEST_PREFIX
+    assert memory.TILE_TOKENS == chunked_logprob.TOKEN_CHUNK_SIZE
+    assert memory.TILE_VOCABULARY == utils._CHUNKED_LOGPROB_CHUNK_SIZE
+    assert (memory.SYNC_PART, memory.PREFILL_TOKENS) == (sync.PART_BYTES, forward.PREFILL_TOKENS)
+    assert (memory.RING_STEP, machine.MLX_CACHE) == (cache.RING_STEP, device.CACHE_BYTES)
+
+
+def test_the_trainer_s_base_is_held_as_the_plan_says(tmp_path: Path) -> None:
+    """Whether a quantized base is dequantized for torch decides what an 8B model needs."""
+    import torch
+
+    from rl import start
+    from rl.packed import PackedLinear
+
+    more = ["model.tiny.hidden=64", "model.tiny.layers=1", "model.lora.rank=2", "model.quantization.bits=4"]
+    config = configs.load(config_file(tmp_path), more)
+    policy = start.load_policy(config, start.find(config, tmp_path, None), torch.device("cpu"))
+    packed = any(isinstance(module, PackedLinear) for module in policy.modules())
+    assert packed == memory.TRAINER_HOLDS_CODES
+
+
+# --- measuring
+
+
+def test_live_bytes_by_hand() -> None:
+    """Three tensors of 4,000 bytes, one of them freed before the last is made; a view is no new storage."""
+    import torch
+
+    from rl.plan.measure import Tracker
+
+    tracker = Tracker()
+    with tracker:
+        a = torch.zeros(1000)
+        b = a + 1
+        assert tracker.live.now == 8000
+        del a
+        assert tracker.live.now == 4000
+        c = b.view(10, 100)
+        assert tracker.live.now == 4000
+        d = c.t().contiguous()
+        assert (tracker.live.now, tracker.live.peak) == (8000, 8000)
+        del b, c, d
+    assert (tracker.live.now, tracker.live.peak) == (0, 8000)
+
+
+def test_what_autograd_saves_is_live() -> None:
+    import torch
+
+    from rl.plan.measure import Tracker
+
+    x = torch.zeros(1000, requires_grad=True)
+    tracker = Tracker()
+    with tracker:
+        y = (x.exp() * 2).sum()  # exp keeps its result
+        assert tracker.live.now == 4000 + 4000 + 4
+        y.backward()
+    assert tracker.live.now == 4000 + 4000 + 4  # the weight, its gradient and the loss
