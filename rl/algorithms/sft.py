@@ -22,6 +22,7 @@ from trl import SFTConfig, SFTTrainer
 from rl.algorithms import offline
 from rl.algorithms.base import Job, Outcome, arguments
 from rl.algorithms.guard import Watched
+from rl.algorithms.learner import score_completions_only
 from rl.errors import UserError
 
 
@@ -42,5 +43,6 @@ def train(job: Job) -> Outcome:
 
 def train_on(job: Job, rows: list[dict[str, Any]]) -> Outcome:
     """Run SFT on `rows` as TRL takes them: texts or messages, or `input_ids` with their `labels`."""
+    score_completions_only()
     settings = SFTConfig(**arguments(job, {f.name for f in fields(SFTConfig)}))
     return offline.run(job, settings, DuetSFTTrainer, rows)

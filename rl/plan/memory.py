@@ -119,7 +119,8 @@ def _trainer(shape: Architecture, work: Workload, device: Device) -> dict[str, P
     rollout = kept | {"workspace": _hand_over(shape, work) if work.engine == "mlx" else 0}
     if work.engine == "torch":
         rollout["KV cache"] = 2.0 * shape.layers * shape.keys * FLOAT * work.decoded * (work.prompt + work.completion)
-        rollout["logits"] = 4.0 * work.decoded * shape.vocab * FLOAT
+        # `generate` returns every step's logits; the last step's are filtered and normalized
+        rollout["logits"] = (work.completion + 4.0) * work.decoded * shape.vocab * FLOAT
     moments = {
         "the head's backward": forward,
         "the last layers' backward": layers,

@@ -75,9 +75,13 @@ class TorchSampler:
             return_dict_in_generate=True,
             **drawn,
         )
-        steps = torch.stack(out.logits if greedy else out.scores, dim=1).float().log_softmax(-1)
         tokens = out.sequences[:, longest:]
-        logprobs = steps.gather(-1, tokens[..., None])[..., 0].cpu()
+        # a step at a time: all steps' logits are held as they are, and no second copy of them
+        steps = [
+            step_B_V.float().log_softmax(-1).gather(-1, tokens[:, i : i + 1])
+            for i, step_B_V in enumerate(out.logits if greedy else out.scores)
+        ]
+        logprobs = torch.cat(steps, dim=1).cpu()
         return [self._cut(t, p) for t, p in zip(tokens.cpu().tolist(), logprobs.tolist(), strict=True)]
 
     def _cut(self, tokens: list[int], logprobs: list[float]) -> Completion:
