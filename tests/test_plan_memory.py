@@ -181,3 +181,29 @@ def test_what_autograd_saves_is_live() -> None:
         assert tracker.live.now == 4000 + 4000 + 4
         y.backward()
     assert tracker.live.now == 4000 + 4000 + 4  # the weight, its gradient and the loss
+
+
+def test_cases_are_recorded_as_they_end_and_none_begins_that_would_end_too_late(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A real run of two steps on random weights of a known model's sizes; the second case waits for another day."""
+    from types import SimpleNamespace
+
+    from rl.plan import measure
+    from rl.plan.cases import Case
+
+    small = ("qwen3", 64, 96, 2, 4, 2, 16, 150, True, 512)
+    monkeypatch.setitem(architecture.KNOWN, "any/small", small)
+    given = {"model": "any/small", "method": "lora", "rows": 4, "prompt": 12, "completion": 6}
+    monkeypatch.setattr(measure, "SMALL", (Case(name="first", **given), Case(name="second", **given)))
+    monkeypatch.setattr(measure.torch.cuda, "is_available", lambda: False)
+    monkeypatch.chdir(tmp_path)
+    ticks = iter([0.0, 0.0, 30.0, 30.0, 30.0])  # the first case takes 30 s, and so might the second
+    monkeypatch.setattr(measure, "time", SimpleNamespace(monotonic=lambda: next(ticks)))
+    assert measure.main([], Path("out"), budget=50) == 0
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["cpu-first.json"]
+    assert "not begun within 50 s: second" in capsys.readouterr().out
+    (checked,) = table.checks(tmp_path / "out")
+    assert min(checked.measured) > 0
+    assert checked.parameters == architecture.known("any/small").parameters
+    assert json.loads((tmp_path / "out" / "cpu-first.json").read_text())["longest_completion"] == 6

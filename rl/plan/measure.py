@@ -11,7 +11,10 @@ What counts as the peak:
 import gc
 import json
 import os
+import random
+import shutil
 import tempfile
+import time
 import weakref
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -34,6 +37,7 @@ if TYPE_CHECKING:
 ALPHABET = "".join(chr(c) for c in range(32, 127) if chr(c) not in '"\\')
 STEPS = 2  # the optimizer's states are there from the second on
 LORA = {"rank": 16, "alpha": 32.0}
+BLOCK = 1_000_003  # numbers; no multiple of any width, so that rows differ
 PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "mlx")
 
 
@@ -79,41 +83,60 @@ class Tracker(TorchDispatchMode):
         weakref.finalize(storage, gone).atexit = False
 
 
-def main(names: list[str], out: Path) -> int:
+def main(names: list[str], out: Path, budget: float | None = None) -> int:
     """Measure the cases of these names (all that suit the device where none is given), one after the other, and write
-    `out`/<device>-<name>.json for each. Raises UserError for a name that is none, RunFailed where a case failed."""
+    `out`/<device>-<name>.json as each ends. With a `budget` in seconds a case begins only while the longest so far
+    would still end within it; the cases stand in order of value.
+
+    Raises UserError for a name that is none, RunFailed where a case failed or none was measured.
+    """
     known = {case.name: case for case in (*SMALL, *LARGE)}
     for name in names:
         if name not in known:
             raise UserError(f"--measure {name}: no such case, valid: {', '.join(known)}")
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    home, failed = Path.cwd(), []
-    for name in names or [case.name for case in (LARGE if device == "cuda" else SMALL)]:
-        with tempfile.TemporaryDirectory(prefix="duet-plan-") as folder:
+    wanted = names or [case.name for case in (LARGE if device == "cuda" else SMALL)]
+    home, failed, longest, begun = Path.cwd(), [], 0.0, time.monotonic()
+    with tempfile.TemporaryDirectory(prefix="duet-plan-") as shared:
+        for number, name in enumerate(wanted):
+            started = time.monotonic()
+            if budget is not None and started - begun + longest > budget:
+                print(f"not begun within {budget:.0f} s: {', '.join(wanted[number:])}", flush=True)
+                if number == 0:
+                    raise RunFailed(f"--budget {budget:.0f}: nothing was measured")
+                break
+            folder = Path(shared, name)
+            folder.mkdir()
             os.chdir(folder)  # runs write below the working directory
             try:
-                record = measure(known[name], Path(folder), device)
+                record = measure(known[name], folder, device, Path(shared, "bases"))
             except Exception as error:  # a case that does not fit the machine must not take the others with it
                 failed.append(f"{name} ({type(error).__name__}: {error!s:.120})")
+                print(f"{name}: failed, {type(error).__name__}: {error!s:.200}", flush=True)
                 continue
             finally:
                 os.chdir(home)
-        files.write_json(home / out / f"{device}-{name}.json", record)
-        print(f"{name}: {record['peaks']}", flush=True)
+                shutil.rmtree(folder)
+                longest = max(longest, time.monotonic() - started)
+            files.write_json(home / out / f"{device}-{name}.json", record)
+            print(f"{name}: {record['peaks']} in {time.monotonic() - started:.0f} s", flush=True)
     if failed:
         raise RunFailed(f"not measured: {'; '.join(failed)}")
     return 0
 
 
-def measure(case: Case, folder: Path, device: str) -> dict[str, Any]:
-    """Train `case` in `folder` and return its record: case, sizes as they came out, peaks in bytes, versions."""
+def measure(case: Case, folder: Path, device: str, bases: Path) -> dict[str, Any]:
+    """Train `case` in `folder` and return its record: case, sizes as they came out, peaks in bytes, versions.
+
+    Random weights of a known model are written to `bases` once and serve every case of that model.
+    """
     from rl import config as configs
     from rl.display import Display
     from rl.plan import architecture, workload
     from rl.train import quiet, train_run
 
     quiet()
-    path = write_case(case, folder, device)
+    path = write_case(case, folder, device, bases)
     config = configs.load(path)
     shape = architecture.find(config, folder)
     expected = workload.of(config, prompt=case.prompt, completion=case.completion)
@@ -136,12 +159,12 @@ def measure(case: Case, folder: Path, device: str) -> dict[str, Any]:
     }
 
 
-def write_case(case: Case, folder: Path, device: str) -> Path:
-    """The config of `case`, its rows and, for a model of the table, a folder of random weights; all in `folder`."""
-    base = folder / "random" if case.model in KNOWN else None
-    if base is not None:
+def write_case(case: Case, folder: Path, device: str, bases: Path) -> Path:
+    """The config of `case` and its rows in `folder`; for a model of the table its folder of random weights too."""
+    base = bases / case.model.rpartition("/")[2] if case.model in KNOWN else None
+    if base is not None and not base.exists():
         write_random(base, case.model)
-    _write_rows(case, folder, base)
+    _write_rows(case, folder)
     return write_config(case, folder, base, device)
 
 
@@ -184,23 +207,20 @@ def write_config(case: Case, folder: Path, base: Path | None, device: str) -> Pa
 
 
 def write_random(folder: Path, name: str) -> None:
-    """A model folder with the sizes of a known model, normal weights in bfloat16 and SmolLM2's tokenizer."""
-    import shutil
+    """A model folder with the sizes of a known model, normal weights in bfloat16 and a tokenizer of characters.
 
+    The weights repeat one block: drawing billions of numbers takes longer than measuring with them.
+    """
     from safetensors.torch import save_file
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-    from rl import models
-    from rl.convert import gguf_to_folder
+    from rl.tiny import EOS, PAD, char_tokenizer
 
-    made = folder.with_name("packaged")
-    gguf_to_folder(models.packaged_gguf(name), made)
-    folder.mkdir()
-    told = config_json(name) | {"rope_theta": 10000.0, "eos_token_id": 2, "bos_token_id": 1, "pad_token_id": 2}
+    told = config_json(name) | {"rope_theta": 10000.0, "eos_token_id": 1, "bos_token_id": None, "pad_token_id": 0}
     config = AutoConfig.for_model(told.pop("model_type"), **told)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
-    generator = torch.Generator().manual_seed(0)
+    block = torch.empty(BLOCK).normal_(0, 0.02, generator=torch.Generator().manual_seed(0)).bfloat16()
     tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
     tensors = {}
     for key, value in model.state_dict().items():
@@ -209,31 +229,20 @@ def write_random(folder: Path, name: str) -> None:
         if value.dim() == 1:
             tensors[key] = torch.ones(value.shape, dtype=torch.bfloat16)
         else:
-            tensors[key] = torch.empty(value.shape, dtype=torch.bfloat16).normal_(0, 0.02, generator=generator)
+            tensors[key] = block.repeat(-(-value.numel() // BLOCK))[: value.numel()].view(value.shape)
+    folder.mkdir(parents=True)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     config.save_pretrained(folder)
-    for path in made.iterdir():
-        if path.name.startswith(("tokenizer", "special", "chat")):
-            shutil.copy(path, folder / path.name)
-    shutil.rmtree(made)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=char_tokenizer(ALPHABET), pad_token=PAD, eos_token=EOS)
+    tokenizer.save_pretrained(folder)
 
 
-def _write_rows(case: Case, folder: Path, tokenizer: Path | None) -> None:
+def _write_rows(case: Case, folder: Path) -> None:
     """Prompts of exactly `prompt` tokens that share no beginning, with answers of `completion` tokens."""
-    import random
-
-    draw = random.Random(0)
-    if tokenizer is None:
-        words = list(ALPHABET.replace(" ", ""))
-    else:
-        from rl.models import Base, load_tokenizer
-
-        loaded = load_tokenizer(Base("random", tokenizer, ""))
-        pieces = [loaded.decode([i]) for i in range(20_000)]
-        words = [p for p in pieces if len(p) > 3 and p[0] == " " and p[1:].isascii() and p[1:].isalpha()]
+    draw, letters = random.Random(0), ALPHABET.replace(" ", "")
 
     def text(count: int) -> str:
-        return "".join(draw.choice(words) for _ in range(count))
+        return "".join(draw.choice(letters) for _ in range(count))
 
     def row(preference: bool) -> dict[str, str]:
         prompt, answer = text(case.prompt), text(max(1, case.completion - 1))
