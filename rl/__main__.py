@@ -186,9 +186,7 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--prompt", type=_count, metavar="N", help="tokens of the longest prompt, where you know them")
     plan.add_argument("--table", action="store_true", help="write docs/memory.md: what fits, and how right plans are")
     plan.add_argument("--measure", nargs="*", metavar="CASE", help="run cases of rl/plan/cases.py, all if none named")
-    plan.add_argument(
-        "--budget", type=_count, metavar="SECONDS", help="of --measure: begin none that would end later"
-    )
+    plan.add_argument("--budget", type=_count, metavar="SECONDS", help="of --measure: begin none that would end later")
     plan.add_argument(
         "--out", type=Path, default=Path("evals/published/plan"), metavar="FOLDER", help="of --measure: its records"
     )
