@@ -20,6 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # word -> module whose main(argv, root) does it
 COMMANDS = dict.fromkeys(published.COMMANDS, "published")
 COMMANDS |= {"table": "table", "compare": "compare", "plot": "plot", "bench": "bench", "fetch": "bigbench"}
+COMMANDS |= {"study": "study"}
 
 
 def parser() -> argparse.ArgumentParser:
