@@ -120,7 +120,9 @@ def _bench(arguments: argparse.Namespace) -> int | None:
         quick=arguments.quick,
         repeats=arguments.repeats,
         dtype=arguments.dtype,
-        parts=arguments.part or rl.bench.PARTS,
+        parts=arguments.part or tuple(rl.bench.PARTS),
+        budget=arguments.budget,
+        out=arguments.out,
     )
 
 
@@ -213,6 +215,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     bench.add_argument(
         "--part", action="append", choices=("rollouts", "sync", "step"), help="only this; may be repeated"
+    )
+    bench.add_argument(
+        "--budget", type=_count, metavar="SECONDS", help="a shape's time; 240 on a GPU, no bound on a CPU if not given"
+    )
+    bench.add_argument(
+        "--out", type=Path, metavar="FOLDER", help="of the table; evals/published (build with --quick) if not given"
     )
     clean = command("clean", _clean, "remove caches and generated tables; runs, finished or not, stay unless --all")
     clean.add_argument("--all", action="store_true", help="also base models, runs and results; data/raw stays")

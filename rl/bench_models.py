@@ -57,7 +57,7 @@ def subject(shape: str, prompt: int, folder: Path, root: Path) -> Subject:
 
 
 def random_base(like: "Base", folder: Path, sizes: dict[str, Any]) -> "Base":
-    """A Llama of `sizes` (fields of LlamaShape) with transformers' initial weights, else as the model `like`."""
+    """A Llama of `sizes` (fields of LlamaShape) with weights drawn as transformers draws them, else as `like`."""
     import torch
     from tokenizers import Tokenizer
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -74,10 +74,16 @@ def random_base(like: "Base", folder: Path, sizes: dict[str, Any]) -> "Base":
         **{key: told.get(f"{key}_token_id") for key in ("bos", "eos", "pad")},
         **sizes,
     )
+    made = LlamaConfig(**llama_config(shape))
+    with torch.device("meta"):  # names and sizes only: its own start values would take a minute
+        names = {name: value.shape for name, value in LlamaForCausalLM(made).state_dict().items()}
+    tensors = {}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(SEED)
-        model = LlamaForCausalLM(LlamaConfig(**llama_config(shape)))
-    tensors = {name: value.numpy() for name, value in model.state_dict().items() if name != "lm_head.weight"}
+        for name, size in names.items():
+            if name != "lm_head.weight":
+                flat = torch.ones(size) if name.endswith("norm.weight") else torch.randn(size) * made.initializer_range
+                tensors[name] = flat.half().numpy()  # half the bytes to write, hash and read
     write_llama(folder, shape, tensors, Tokenizer.from_file(str(like.path / "tokenizer.json")), template=None)
     return Base(folder.name, folder, weights_sha256(weight_files(folder, str(folder))))
 

@@ -4,8 +4,9 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-ENGINE, BATCH, HF = "this engine", "BatchGenerator", "HF generate"
+ENGINE, BATCH, HF, PAGED = "this engine", "BatchGenerator", "HF generate", "continuous batching"
 OURS, STOCK = "this project", "stock TRL"
+SHAPES = ("tiny", "smollm2", "1.7b")
 JUDGED = {"cpu": ("tiny", "smollm2"), "cuda": ("smollm2", "1.7b")}
 OUTSIDE_TRAINER = ("rollout", "sync", "reward")
 
@@ -31,8 +32,13 @@ def spread(values: Sequence[float]) -> Spread:
 
 
 def ratios(ours: Sequence[float], theirs: Sequence[float]) -> list[float]:
-    """Their seconds over ours, repetition by repetition: above 1 we are faster."""
-    return [b / a for a, b in zip(ours, theirs, strict=True)]
+    """Their seconds over ours, repetition by repetition: above 1 we are faster.
+
+    They may have stayed out of later repetitions, but not we: ValueError.
+    """
+    if len(theirs) > len(ours):
+        raise ValueError(f"{len(theirs)} of their repetitions, longer than our {len(ours)}")
+    return [b / a for a, b in zip(ours, theirs, strict=False)]
 
 
 @dataclass(frozen=True)
@@ -97,7 +103,10 @@ class Work:
 
 @dataclass(frozen=True)
 class Contest:
-    """Seconds by contestant and new tokens, one entry a repetition; `floors` likewise."""
+    """Seconds by contestant and new tokens, one entry a repetition; `floors` likewise.
+
+    A contestant may have stayed out of the later repetitions, and its list is shorter then.
+    """
 
     work: Work
     tokens: list[int]
@@ -153,7 +162,10 @@ class Steps:
 
 @dataclass(frozen=True)
 class Report:
-    """All about one model on one device (`cpu`, `cuda` or `mps`); `full` when it was not scaled down."""
+    """All about one model on one device (`cpu`, `cuda` or `mps`); `full` when it was not scaled down.
+
+    `absent`: contestants that did not take part, with the reason; `notes`: parts not run or failed.
+    """
 
     shape: str
     parameters: int
@@ -165,6 +177,8 @@ class Report:
     contests: list[Contest] = field(default_factory=list)
     syncs: list[Sync] = field(default_factory=list)
     steps: list[Steps] = field(default_factory=list)
+    absent: dict[str, str] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -205,21 +219,17 @@ def bars(report: Report) -> list[Bar]:
     return found
 
 
-def markdown(reports: Sequence[Report], about: Sequence[str]) -> str:
-    """The file; `about` is lines on command, machine, versions and time."""
-    device = reports[0].device
+def markdown(device: str, sections: Sequence[Sequence[str]]) -> str:
+    """The file, from the lines of its sections."""
     lines = [f"# Bench on {device}", ""]
-    if not all(report.full for report in reports):
-        lines += ["**Scaled down (`--quick`): these numbers compare nothing. No bar is judged.**", ""]
-    lines += [*(f"- {line}" for line in about), ""]
     lines += [
         "Medians with (least–largest) over repetitions that take turns. Ratios are taken within a repetition; above 1 "
         "this project is faster. Every contestant has the same weights, dtype, temperature 1 without filters and the "
         "same number of new tokens in every row (counted, not assumed). The engine also returns the logprob of every "
-        "token, which the other two are spared.",
+        "token, which the others are spared. A slow contestant takes part in fewer repetitions where time is short.",
     ]
-    for report in reports:
-        lines += ["", *_report(report)]
+    for section in sections:
+        lines += ["", *section]
     return "\n".join(lines) + "\n"
 
 
@@ -229,8 +239,13 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     return ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in (head, rule, *rows)]
 
 
-def _report(report: Report) -> list[str]:
+def section(report: Report, about: Sequence[str]) -> list[str]:
+    """The lines of one report; `about` is lines on command, machine, versions and time."""
     lines = [f"## {report.shape}: {report.parameters / 1e6:,.1f}M parameters, {report.dtype} on {report.device}", ""]
+    if not report.full:
+        lines += ["**Scaled down (`--quick`): these numbers compare nothing. No bar is judged.**", ""]
+    lines += [*(f"- {line}" for line in about), *(f"- **{note}**" for note in report.notes)]
+    lines += [*(f"- {name} does not run here: {why}" for name, why in report.absent.items()), ""]
     judged = bars(report)
     if judged:
         lines += ["### Bars", ""]
@@ -275,14 +290,19 @@ def _verdict(bar: Bar) -> str:
 
 
 def _rollouts(report: Report) -> list[str]:
-    head = ("prompts × completions", "new tokens", "longest", *(f"{who}, tokens/s" for who in (ENGINE, BATCH, HF)))
-    head += (f"÷ {BATCH}", f"÷ {HF}", "seconds", "floor: bytes", "FLOPs", "launches", "× the floor")
+    others = [who for who in (BATCH, HF, PAGED) if any(who in contest.seconds for contest in report.contests)]
+    head = ("prompts × completions", "new tokens", "longest", *(f"{who}, tokens/s" for who in (ENGINE, *others)))
+    head += (*(f"÷ {who}" for who in others), "repetitions")
+    head += ("seconds", "floor: bytes", "FLOPs", "launches", "× the floor")
     rows = []
     for contest in report.contests:
-        speeds = {
-            w: spread([n / s for n, s in zip(contest.tokens, t, strict=True)]) for w, t in contest.seconds.items()
-        }
         ours = contest.seconds[ENGINE]
+        speeds = {
+            who: spread([n / s for n, s in zip(contest.tokens, times, strict=False)]).text()
+            for who, times in contest.seconds.items()
+            if times
+        }
+        gains = {who: spread(ratios(ours, times)).text(".2f") for who, times in contest.seconds.items() if times}
         least = [max(f.forwards_s, f.launches_s) for f in contest.floors]
         middle = [
             statistics.median(getattr(f, n) for f in contest.floors) for n in ("bytes_s", "flops_s", "launches_s")
@@ -292,9 +312,9 @@ def _rollouts(report: Report) -> list[str]:
                 contest.work.name,
                 spread(contest.tokens).text(),
                 spread(contest.longest).text(),
-                *(speeds[who].text() for who in (ENGINE, BATCH, HF)),
-                spread(ratios(ours, contest.seconds[BATCH])).text(".2f"),
-                spread(ratios(ours, contest.seconds[HF])).text(".2f"),
+                *(speeds.get(who, "–") for who in (ENGINE, *others)),
+                *(gains.get(who, "–") for who in others),
+                " / ".join(f"{len(contest.seconds.get(who, []))}" for who in (ENGINE, *others)),
                 spread(ours).text(".3g"),
                 *(f"{seconds:.2g}" for seconds in middle),
                 spread([s / f for s, f in zip(ours, least, strict=True)]).text(".1f"),

@@ -9,9 +9,9 @@ import torch
 
 import rl.rollouts  # noqa: F401  binds BLAS before mlx loads
 from rl import __main__ as cli
-from rl import bench, bench_models, bench_table, models
+from rl import bench, bench_file, bench_models, bench_rollouts, bench_table, models
 from rl.algorithms.bench import Stopwatch
-from rl.bench_table import BATCH, ENGINE, HF, OURS, STOCK
+from rl.bench_table import BATCH, ENGINE, HF, OURS, PAGED, STOCK
 from rl.errors import RunFailed
 from rl.rollouts import bench as contestants
 from rl.rollouts import load
@@ -61,6 +61,7 @@ def test_spread_is_median_least_and_largest() -> None:
 def test_ratios_are_taken_within_a_repetition() -> None:
     """Trap: the ratio of medians (here 4 / 2) hides that a repetition's slow moment hit both."""
     assert bench_table.ratios([1.0, 2.0, 4.0], [1.2, 4.0, 5.0]) == [1.2, 2.0, 1.25]
+    assert bench_table.ratios([1.0, 2.0, 4.0], [1.2]) == [1.2]  # one that stayed out of later repetitions
     with pytest.raises(ValueError, match="longer"):
         bench_table.ratios([1.0], [1.0, 2.0])
 
@@ -108,7 +109,7 @@ def test_bars_by_device_and_only_at_full_size() -> None:
 
 
 def test_the_table_says_what_was_missed() -> None:
-    text = bench_table.markdown([report()], ["command: `x`"])
+    text = "\n".join(bench_table.section(report(), ["command: `x`"]))
     assert cells(text, "rollout 2 × 2 ÷ BatchGenerator")[1:] == ["≥ 1.5", "1.25 (1.20–2.00)", "**missed**"]
     assert cells(text, "rollout 2 × 2 ÷ HF generate")[1:] == ["≥ 1.5", "3.00 (2.50–5.00)", "met"]
     assert cells(text, "LoRA sync, % of the step")[1:] == ["≤ 2", "2.50 (2.50–2.50)", "**missed**"]
@@ -124,7 +125,7 @@ def test_the_table_says_what_was_missed() -> None:
 
 
 def test_a_scaled_down_table_says_so_and_judges_nothing() -> None:
-    text = bench_table.markdown([report(full=False)], [])
+    text = "\n".join(bench_table.section(report(full=False), []))
     assert "these numbers compare nothing" in text
     assert "### Bars" not in text
     assert "missed" not in text
@@ -150,9 +151,100 @@ def test_stopwatch_counts_inner_time_once() -> None:
 def test_ending_ids_hold_the_share_asked_for() -> None:
     tokens = [1] * 10 + [2] * 20 + [3] * 30 + [4] * 40
     for share in (0.05, 0.25, 0.6):
-        assert sum(t in bench.ending_ids(tokens, share) for t in tokens) >= share * len(tokens)
-    assert len(bench.ending_ids(tokens, 0.05)) == 1  # no more ids than the share needs
-    assert bench.ending_ids(tokens, 1.0) == [1, 2, 3, 4]
+        assert sum(t in bench_rollouts.ending_ids(tokens, share) for t in tokens) >= share * len(tokens)
+    assert len(bench_rollouts.ending_ids(tokens, 0.05)) == 1  # no more ids than the share needs
+    assert bench_rollouts.ending_ids(tokens, 1.0) == [1, 2, 3, 4]
+
+
+# --- a bounded time
+
+
+def test_a_budget_is_shared_out_and_runs_down() -> None:
+    now = [100.0]
+    budget = bench_rollouts.Budget(60.0, lambda: now[0])
+    part = budget.part(0.5)
+    now[0] += 20.0
+    assert (part.left(), budget.left()) == (10.0, 40.0)
+    now[0] += 50.0
+    assert budget.left() == -10.0
+    assert budget.part(0.5).left() == 0.0
+    assert bench_rollouts.Budget(None).part(0.1).left() == float("inf")
+
+
+def test_the_slowest_stay_out_first_and_nobody_plays_alone() -> None:
+    last = {ENGINE: 4.0, BATCH: 2.0, HF: 13.0, PAGED: 3.0}
+    names = list(last)
+    assert bench_rollouts._affordable(names, last, 22.0) == names
+    assert bench_rollouts._affordable(names, last, 21.0) == [ENGINE, BATCH, PAGED]
+    assert bench_rollouts._affordable(names, last, 8.0) == [ENGINE, BATCH]
+    assert bench_rollouts._affordable(names, last, 5.9) == []
+
+
+def bounded(
+    sides: tuple[Any, Any], base: models.Base, folder: Path, share: bench_rollouts.Budget, whole: bench_rollouts.Budget
+) -> bench_table.Contest | None:
+    policy, model = sides
+    given = bench_rollouts.Setting(torch.device("cpu"), "float32", True, 3, folder, lambda text: None)
+    work = bench_table.Work("2 × 2", 2, 2, 12, 4)
+    sizes = bench_models.sizes_of(policy)
+    absent = {PAGED: "not asked"}
+    never = policy.config.vocab_size
+    return bench_rollouts.contest(
+        work, subject(base), given, policy, model, never, sizes, MACHINE, absent, share, whole
+    )
+
+
+def test_a_contest_ends_in_time_with_what_it_has(
+    sides: tuple[Any, Any], tiny_base: models.Base, tmp_path: Path
+) -> None:
+    """Trap: a repetition that was cut short counts for one contestant and not for the others."""
+    always, none = bench_rollouts.Budget(None), bench_rollouts.Budget(0.0)
+    assert bounded(sides, tiny_base, tmp_path, always, none) is None
+    one = bounded(sides, tiny_base, tmp_path, none, always)
+    assert {name: len(times) for name, times in one.seconds.items()} == {ENGINE: 1, BATCH: 1, HF: 1}
+    assert len(one.tokens) == len(one.floors) == 1
+    # a clock that moves when it is looked at: three looks for the warm-up, three for a repetition, one more
+    ticks = iter(range(100))
+    cut = bounded(sides, tiny_base, tmp_path, always, bench_rollouts.Budget(8.5, lambda: float(next(ticks))))
+    assert {len(times) for times in cut.seconds.values()} == {1}
+
+
+def test_a_file_keeps_what_other_commands_measured(tmp_path: Path) -> None:
+    path = tmp_path / "bench-cpu"
+    bench_file.write(path, report(), ["rollouts"], {"command": "first"})
+    bench_file.write(path, report(shape="tiny"), ["rollouts"], {"command": "second"})
+    bench_file.write(path, report(notes=["not run: sync"]), ["sync"], {"command": "third"})
+    bench_file.write(path, report(), ["rollouts"], {"command": "fourth"})
+    text = path.with_suffix(".md").read_text()
+    told = [line for line in text.splitlines() if line.startswith(("- command", "- **not run", "# "))]
+    assert told == [
+        *("# Bench on cpu", "- command: second", "- command: fourth", "- command: third", "- **not run: sync**"),
+    ]
+    sections = json.loads(path.with_suffix(".json").read_text())["sections"]
+    assert [section["shape"] for section in sections] == ["tiny", "smollm2", "smollm2"]
+
+
+def test_a_failed_part_leaves_the_others(
+    tiny_base: models.Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: Any) -> Any:
+        raise RuntimeError("out of memory\nin /some/where/file.cc")
+
+    kept: list[int] = []
+    monkeypatch.setattr(bench, "sync_times", broken)
+    found = bench.bench(
+        subject(tiny_base),
+        setting(tmp_path),
+        ["sync", "step"],
+        bench_rollouts.Budget(0.1),
+        lambda report: kept.append(len(report.notes)),
+    )
+    assert found.notes[-1].startswith("not run: step")  # the budget was spent on loading
+    again = bench.bench(
+        subject(tiny_base), setting(tmp_path), ["sync"], bench_rollouts.Budget(None), lambda report: None
+    )
+    assert again.notes == ["failed: sync, RuntimeError: out of memory"]
+    assert kept[0] == 0  # written before the first part
 
 
 # --- equal work
@@ -193,17 +285,20 @@ def subject(base: models.Base) -> bench_models.Subject:
     return bench_models.Subject("tiny", base, tokenizer, texts, tokenizer(texts)["input_ids"])
 
 
-def setting(folder: Path) -> bench.Setting:
-    return bench.Setting(torch.device("cpu"), "float32", True, 1, folder, lambda text: None)
+def setting(folder: Path) -> bench_rollouts.Setting:
+    return bench_rollouts.Setting(torch.device("cpu"), "float32", True, 1, folder, lambda text: None)
 
 
 def test_contestants_agree_before_timing(sides: tuple[Any, Any], tiny_base: models.Base, tmp_path: Path) -> None:
     policy, model = sides
-    found = bench.agree(subject(tiny_base), setting(tmp_path), policy, policy, model, policy.config.vocab_size)
-    assert [a.contestant for a in found] == [ENGINE, BATCH, HF]
+    found, absent = bench_rollouts.agree(
+        subject(tiny_base), setting(tmp_path), policy, policy, model, policy.config.vocab_size
+    )
+    assert [a.contestant for a in found] == [ENGINE, BATCH, HF, PAGED]
+    assert absent == {}
     assert all(a.regret < 1e-5 and a.tokens == 8 * 16 for a in found)
     assert all(a.dlogp < 1e-5 for a in found[:2])
-    assert found[2].dlogp is None
+    assert found[2].dlogp is found[3].dlogp is None
 
 
 def test_a_contestant_with_other_weights_is_not_timed(
@@ -213,7 +308,7 @@ def test_a_contestant_with_other_weights_is_not_timed(
     other = load.load_sampler(tiny_base.path)
     other.model.layers[0].mlp.up_proj.weight = other.model.layers[0].mlp.up_proj.weight * 30.0
     with pytest.raises(RunFailed, match=f"{ENGINE} is not the same policy"):
-        bench.agree(subject(tiny_base), setting(tmp_path), policy, policy, other, policy.config.vocab_size)
+        bench_rollouts.agree(subject(tiny_base), setting(tmp_path), policy, policy, other, policy.config.vocab_size)
 
 
 def test_judge_sees_a_token_that_is_not_the_best(sides: tuple[Any, Any]) -> None:
@@ -223,7 +318,7 @@ def test_judge_sees_a_token_that_is_not_the_best(sides: tuple[Any, Any]) -> None
     with torch.no_grad():
         logprobs = policy(torch.tensor([prompts[0] + tokens])).logits[0, 3:-1].log_softmax(-1)
     second = int(logprobs[3].topk(2).indices[1])
-    found = bench.judge("x", policy, prompts, [[*tokens[:3], second]], [[0.0] * 4])
+    found = bench_rollouts.judge("x", policy, prompts, [[*tokens[:3], second]], [[0.0] * 4])
     assert found.equal == 0.75
     assert found.regret == pytest.approx((logprobs[3].max() - logprobs[3, second]).item() / 4, rel=1e-4)
     chosen = [*logprobs[range(3), tokens[:3]].tolist(), logprobs[3, second].item()]
@@ -266,11 +361,13 @@ def test_a_quick_run_measures_everything(tmp_path: Path, capsys: pytest.CaptureF
     assert trl.trainer.utils._use_triton is stock  # ours would stay in force for what else this process trains
     table, values = sorted((tmp_path / "build").iterdir(), reverse=True)  # and nothing else is left there
     written = json.loads(values.read_text())
-    assert table.name == f"bench-{written['reports'][0]['device']}.md"
+    assert table.name == f"bench-{written['sections'][0]['report']['device']}.md"
     assert table.read_text() in capsys.readouterr().out
-    assert written["about"]["command"] == "`nox -s bench -- --shape tiny --quick --repeats 1 --dtype float32`"
-    assert written["bars"] == []
-    (report,) = written["reports"]
+    (section,) = written["sections"]
+    assert section["about"]["command"] == "`nox -s bench -- --shape tiny --quick --repeats 1 --dtype float32`"
+    assert section["bars"] == []
+    report = section["report"]
+    assert report["notes"] == []
     contests = {contest["work"]["name"]: contest for contest in report["contests"]}
     assert contests["8 × 8"]["tokens"] == [64 * 16]
     assert contests["1 × 16"]["tokens"] == contests["16 × 1"]["tokens"] == [16 * 16]

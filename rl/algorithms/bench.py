@@ -131,10 +131,13 @@ def run(
     work: StepWork,
     repeats: int,
     say: Callable[[str], None] = lambda text: None,
+    left: Callable[[], float] = lambda: float("inf"),
 ) -> dict[str, list[dict[str, float]]]:
     """`{contestant: one {part: seconds} a repetition}`, taken in turns after one step of each to warm up.
 
-    Raises RunFailed when a contestant's completions have another length, or the sampler is not the policy.
+    left: seconds that remain; repetitions stop before one that would take longer than the last did, and there are none
+    where nothing is left after the warm-up. Raises RunFailed when a contestant's completions have another length, or
+    the sampler is not the policy.
     """
     stock_triton = trl.trainer.utils._use_triton
     seconds: dict[str, list[dict[str, float]]] = {OURS: [], STOCK: []}
@@ -144,6 +147,9 @@ def run(
             STOCK: _stock(found, tokenizer, device, folder / "stock", work),
         }
         for repeat in range(-1, repeats):
+            last = sum(sum(parts[-1].values()) for parts in seconds.values() if parts)
+            if repeat >= 0 and left() <= last:
+                break
             for name, side in sides.items():
                 say(f"GRPO step, {name}, {'warm-up' if repeat < 0 else f'{repeat + 1} of {repeats}'}")
                 if name == OURS:

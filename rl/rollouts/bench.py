@@ -1,15 +1,17 @@
-"""The contestants of `nox -s bench`: this engine, mlx-lm's BatchGenerator and transformers' generate, on equal work.
+"""The contestants of `nox -s bench` on equal work: this engine, mlx-lm's BatchGenerator, transformers' generate and its
+continuous batching.
 
 Each takes the same prompts and returns completions of given lengths. Every new token is drawn from the whole
 vocabulary at temperature 1 (or greedily, for the checks); lengths are forced, not hoped for:
 - the engine stops at tokens of a set that the caller chose, or at `max_tokens`;
-- the other two are given the lengths that came out, one limit a row, by their own means.
+- the others are given the lengths that came out, one limit a row, by their own means.
 """
 
 import io
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import mlx.core as mx
@@ -25,6 +27,8 @@ from rl.rollouts.result import Completion, Sampling
 # graph nodes that only describe an array anew; all others are work for the device
 VIEWS = {"Broadcast", "Transpose", "Flatten", "Unflatten", "ExpandDims", "Reshape", "Squeeze", "Slice", "StopGradient"}
 CHAIN = 1000
+PAGE = 256  # tokens of a page of continuous batching's cache, its default
+STUCK = 180  # seconds
 
 
 def engine(
@@ -134,6 +138,51 @@ def hf_generate(
     if len(rows[0]) != max(limits):
         raise ValueError(f"generate gave {len(rows[0])} columns, not {max(limits)}")
     return [row[:limit] for row, limit in zip(rows, limits, strict=True)]
+
+
+@contextmanager
+def continuous(
+    policy: Any, rows: int, prompt: int, most: int, *, temperature: float = 1.0
+) -> Iterator[Callable[[Sequence[Sequence[int]], Sequence[int]], list[list[int]]]]:
+    """transformers' continuous batching, started for `rows` prompts of `prompt` tokens and at most `most` new ones.
+
+    Yields a function like `hf_generate`, `limits[i]` tokens for row i. Its cache is sized by the work: by default it
+    takes most of the memory that is free, which the others need. Raises RunFailed when its thread died or is stuck.
+    """
+    from transformers import ContinuousBatchingConfig  # not in every version 5
+
+    drawn = {"do_sample": False} if temperature == 0.0 else {"do_sample": True, "temperature": temperature}
+    config = GenerationConfig(max_new_tokens=most, top_k=0, top_p=1.0, pad_token_id=0, eos_token_id=-1, **drawn)
+    device = next(policy.parameters()).device
+    pages = rows * ((prompt + most) // PAGE + 2)
+    sizes = ContinuousBatchingConfig(num_blocks=pages, max_batch_tokens=512 if device.type == "cpu" else 8192)
+    kept = policy.config._attn_implementation
+    try:
+        with policy.continuous_batching_context_manager(
+            generation_config=config, continuous_batching_config=sizes, block=True, timeout=5
+        ) as manager:
+
+            def generate(prompts: Sequence[Sequence[int]], limits: Sequence[int]) -> list[list[int]]:
+                asked = [manager.add_request(list(p), max_new_tokens=n) for p, n in zip(prompts, limits, strict=True)]
+                done: dict[Any, list[int]] = {}
+                heard = time.monotonic()
+                while len(done) < len(asked):
+                    result = manager.get_result(timeout=1)
+                    if result is not None:
+                        heard = time.monotonic()
+                        if getattr(result, "error", None):
+                            raise RunFailed(str(result.error))
+                        if result.is_finished():
+                            done[result.request_id] = list(result.generated_tokens)
+                    elif not manager.is_running():
+                        raise RunFailed("its thread ended before the requests did")
+                    elif time.monotonic() - heard > STUCK:
+                        raise RunFailed(f"it gave nothing for {STUCK} seconds")
+                return [done[name] for name in asked]
+
+            yield generate
+    finally:
+        policy.set_attn_implementation(kept)
 
 
 def launches(model: Any, rows: int) -> int:

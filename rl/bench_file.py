@@ -1,0 +1,79 @@
+"""The files of `nox -s bench`: a table and, beside it, everything it was made from; sections of other runs stay."""
+
+import json
+import platform
+import re
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rl import bench_table as tables
+from rl import device as devices
+from rl import files, record
+from rl.bench_table import Report
+
+if TYPE_CHECKING:
+    import torch
+
+PACKAGES = ("torch", "mlx", "mlx-lm", "transformers", "trl", "peft", "accelerate", "numpy")
+
+
+def device_name(device: "torch.device") -> str:
+    """Of a file: "cpu", "cuda-h100", "mps-m4-max"."""
+    if device.type == "cuda":
+        import torch
+
+        card = torch.cuda.get_device_name(device).lower().removeprefix("nvidia ")
+        model = re.search(r"\b[a-z]+\d+\b", card)
+        return "cuda-" + (model[0] if model else re.sub(r"[^a-z0-9]+", "-", card).strip("-"))
+    if device.type == "mps":
+        from rl.smoke_page import chip_name
+
+        return f"mps-{chip_name()}"
+    return device.type
+
+
+def about(command: str, device: "torch.device", root: Path) -> dict[str, str]:
+    """What is needed to read a table later: command, machine, versions, commit, time."""
+    import torch
+
+    from rl.doctor import chip
+    from rl.rollouts.device import describe
+
+    mlx = describe()
+    mac = sys.platform == "darwin"
+    machine = f"{chip()}, macOS {platform.mac_ver()[0]}" if mac else f"{platform.system()}, {platform.machine()}"
+    git = record.git_state(root)
+    commit = "unknown" if git is None else f"{git['commit']}{', with changes not committed' if git['dirty'] else ''}"
+    versions = ", ".join(f"{name} {version or 'absent'}" for name, version in record.versions(PACKAGES).items())
+    return {
+        "command": f"`{command}`",
+        "machine": f"{machine}, {devices.cores()} cores, {devices.total_memory_bytes() / devices.GIB:.1f} GiB",
+        "devices": f"torch {devices.describe(device)}, {torch.get_num_threads()} threads; MLX {mlx['backend']}",
+        "packages": f"Python {platform.python_version()}, {versions}",
+        "commit": commit,
+        "time": record.now(),
+    }
+
+
+def write(path: Path, report: Report, parts: Sequence[str], about: dict[str, str]) -> None:
+    """Put a report into `path`.json and make `path`.md from it, both whole.
+
+    What other commands measured on this device stays: a report replaces only the one of its shape, parts and size.
+    """
+    kept = path.with_suffix(".json")
+    sections: list[dict[str, Any]] = json.loads(kept.read_text())["sections"] if kept.is_file() else []
+    key = {"shape": report.shape, "parts": sorted(parts), "full": report.full}
+    new = {
+        **key,
+        "about": about,
+        "report": asdict(report),
+        "bars": [{**asdict(bar), "met": bar.met} for bar in tables.bars(report)],
+        "text": tables.section(report, [f"{name}: {text}" for name, text in about.items()]),
+    }
+    sections = [one for one in sections if {name: one[name] for name in key} != key] + [record.finite(new)]
+    sections.sort(key=lambda one: (tables.SHAPES.index(one["shape"]), -len(one["parts"]), one["parts"]))
+    files.write_json(kept, {"sections": sections})
+    files.write_text(path.with_suffix(".md"), tables.markdown(report.device, [one["text"] for one in sections]))
