@@ -4,10 +4,13 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from trl.trainer.utils import add_fused_lm_head
 
 from rl import config, models
-from rl.algorithms.learner import Forward, forward, row_keys, score_completions_only, shared_prefix
+from rl.algorithms import learner
+from rl.algorithms.learner import Forward, Shared, forward, row_keys, score_completions_only, share, shared_prefix
 
 PAD = 0
 
@@ -25,10 +28,15 @@ def batch(prefix: int, prompts: list[int], completions: list[int], seed: int = 0
     return ids, mask, torch.tensor(long)
 
 
-def policy_of(base: models.Base, lora: bool) -> Any:
+def bare(base: models.Base) -> Any:
     torch.manual_seed(2)
     model = models.load_policy(base, "float32", "cpu")
     add_fused_lm_head(model, temperature=0.7, outputs=("log_probs", "entropy"))
+    return model
+
+
+def policy_of(base: models.Base, lora: bool) -> Any:
+    model = bare(base)
     if lora:
         model = models.add_lora(model, config.Lora(rank=4, alpha=8.0))
         for name, weight in model.named_parameters():
@@ -39,10 +47,42 @@ def policy_of(base: models.Base, lora: bool) -> Any:
 
 def plain(model: Any, ids: torch.Tensor, mask: torch.Tensor, columns: int) -> tuple[torch.Tensor, torch.Tensor]:
     """The few lines of TRL 1.16's `_get_per_token_logps_and_entropies` that matter for text."""
-    labels = ids.masked_fill(mask == 0, -100)
+    labels = torch.where(mask == 0, -100, ids)
     labels[:, :-columns] = -100
     out = model(input_ids=ids, attention_mask=mask, labels=labels, fused_lm_head=True)
     return out.log_probs[:, -columns:], out.entropy[:, -columns:]
+
+
+def groups(prefix: int, prompts: list[int], completions: list[int], seed: int = 0) -> tuple[torch.Tensor, ...]:
+    """As `batch`, each prompt with as many rows as there are completions for it, shuffled as TRL shuffles them."""
+    size = len(completions) // len(prompts)
+    ids, mask, long = batch(prefix, [p for p in prompts for _ in range(size)], completions, seed)
+    split = ids.shape[1] - int(long)
+    for first in range(0, len(completions), size):
+        ids[first : first + size, :split] = ids[first, :split].clone()
+    order = torch.randperm(len(completions), generator=torch.Generator().manual_seed(seed))
+    return ids[order], mask[order], long
+
+
+def both(model: Any, ids: torch.Tensor, mask: torch.Tensor, columns: int, shared: Shared) -> tuple[Any, Any]:
+    """(TRL's, ours): logprobs, entropies and gradients of a weighted sum of them."""
+    weights = torch.randn(len(ids), columns, generator=torch.Generator().manual_seed(1)) * mask[:, -columns:]
+    results = []
+    for ours in (False, True):
+        model.zero_grad()
+        logps, entropies = forward(model, ids, mask, columns, shared) if ours else plain(model, ids, mask, columns)
+        (logps * weights + 0.1 * entropies * weights).sum().backward()
+        gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+        results.append((logps.detach(), entropies.detach(), gradients))
+    return results[0], results[1]
+
+
+def assert_equal(theirs: Any, ours: Any) -> None:
+    torch.testing.assert_close(ours[0], theirs[0], atol=2e-5, rtol=1e-5)
+    torch.testing.assert_close(ours[1], theirs[1], atol=2e-5, rtol=1e-5)
+    assert ours[2].keys() == theirs[2].keys()
+    for name, gradient in theirs[2].items():
+        torch.testing.assert_close(ours[2][name], gradient, atol=1e-5, rtol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
 
 
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
@@ -54,23 +94,134 @@ def test_shared_prefix_gives_the_same_logprobs_entropies_and_gradients(
     tiny_base: models.Base, lora: bool, prefix: int, prompts: list[int], completions: list[int]
 ) -> None:
     ids, mask, columns = batch(prefix, prompts, completions)
-    columns = int(columns)
-    model = policy_of(tiny_base, lora)
-    assert shared_prefix(ids, mask, columns) == prefix
-    weights = torch.randn(len(prompts), columns, generator=torch.Generator().manual_seed(1)) * mask[:, -columns:]
-    results = []
-    for ours in (False, True):
-        model.zero_grad()
-        logps, entropies = forward(model, ids, mask, columns, prefix) if ours else plain(model, ids, mask, columns)
-        (logps * weights + 0.1 * entropies * weights).sum().backward()
-        gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
-        results.append((logps.detach(), entropies.detach(), gradients))
-    (logps, entropies, gradients), (logps2, entropies2, gradients2) = results
-    torch.testing.assert_close(logps2, logps, atol=2e-5, rtol=1e-5)
-    torch.testing.assert_close(entropies2, entropies, atol=2e-5, rtol=1e-5)
-    assert gradients.keys() == gradients2.keys()
-    for name, gradient in gradients.items():
-        torch.testing.assert_close(gradients2[name], gradient, atol=1e-5, rtol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
+    assert shared_prefix(ids, mask, int(columns)) == prefix
+    assert_equal(*both(policy_of(tiny_base, lora), ids, mask, int(columns), Shared(prefix)))
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+@pytest.mark.parametrize(
+    ("prefix", "prompts", "completions"),
+    [
+        (9, [3, 5, 1], [4, 2, 3, 1, 1, 4]),  # the last prompt has no token of its own to read ahead
+        (0, [12, 1], [2, 5, 1, 3]),
+        (8, [6], [5, 1, 5, 2]),
+        (0, [4, 9, 4], [1, 1, 1, 1, 1, 1]),
+    ],
+)
+def test_prompts_read_once_give_the_same_logprobs_entropies_and_gradients(
+    tiny_base: models.Base,
+    monkeypatch: pytest.MonkeyPatch,
+    lora: bool,
+    prefix: int,
+    prompts: list[int],
+    completions: list[int],
+) -> None:
+    """Traps: keys of padding between prompt and completion, positions after it, rows that a shuffle has parted from
+    their prompt, and a prompt's last token, whose logits score the first of the completion."""
+    monkeypatch.setattr(learner, "PASS_TOKENS", {"cpu": 0})
+    ids, mask, columns = groups(prefix, prompts, completions)
+    shared = share(ids, mask, int(columns))
+    assert shared is not None
+    if len(prompts) > 1:
+        assert len(shared.prompts) == len(prompts)
+        assert (shared.prefix > 0) == (prefix >= learner.SHORTEST_PREFIX)
+    else:
+        assert shared == Shared(prefix + prompts[0] - 1)  # one prompt is all prefix
+    assert_equal(*both(policy_of(tiny_base, lora), ids, mask, int(columns), shared))
+
+
+def every_prompt(ids: torch.Tensor, mask: torch.Tensor, columns: int, prefix: int, again: int = 0) -> Shared:
+    """Each prompt read once, whatever it saves; the first one `again` times more, as on MPS."""
+    keys = row_keys(ids[:, :-columns], mask[:, :-columns])
+    distinct = list(dict.fromkeys(keys))
+    first = [keys.index(key) for key in distinct]
+    return Shared(prefix, (*first, *first[:1] * again), tuple(distinct.index(key) for key in keys))
+
+
+@given(
+    st.integers(0, 10), st.lists(st.integers(1, 8), min_size=1, max_size=3), st.integers(1, 3), st.integers(0, 10**6)
+)
+@settings(max_examples=12, deadline=None)
+def test_any_batch_gives_the_same_gradients(
+    tiny_base: models.Base, prefix: int, prompts: list[int], size: int, seed: int
+) -> None:
+    """Whatever `share` decides, and the way with the most passes beside it."""
+    lengths = torch.randint(1, 6, (len(prompts) * size,), generator=torch.Generator().manual_seed(seed)).tolist()
+    ids, mask, columns = groups(prefix, prompts, lengths, seed)
+    model = policy_of(tiny_base, True)
+    common = shared_prefix(ids, mask, int(columns))
+    longest = int(mask[:, : -int(columns)].sum(1).max())
+    ways = [share(ids, mask, int(columns))]
+    if longest - 1 > common:
+        ways.append(every_prompt(ids, mask, int(columns), common))
+    for shared in filter(None, ways):
+        assert_equal(*both(model, ids, mask, int(columns), shared))
+
+
+def test_the_way_with_the_fewest_tokens_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    """8 x 4 of the default config's kind: 20 tokens all share, 6 of each question, 4 of each completion."""
+    monkeypatch.setattr(learner, "PASS_TOKENS", {"cpu": 16})
+    ids, mask, columns = groups(20, [6] * 8, [4] * 32)
+    way = share(ids, mask, int(columns))
+    assert (way.prefix, len(way.prompts), len(way.of_row)) == (20, 8, 32)  # 20 + 8 x 5 + 32 x 4 tokens, 2 passes more
+    assert share(*batch(0, [5, 5], [3, 3])[:2], 3) is None  # nothing to share
+    assert share(*batch(30, [1, 1], [3, 3])[:2], 3) == Shared(30)  # a question of one token is not read ahead
+    ids, mask, columns = groups(0, [40, 44], [9] * 8)
+    assert len(share(ids, mask, 9).prompts) == 2
+    assert len(share(ids, mask, 9, window=52).prompts) == 2  # 43 + 9 columns
+    assert share(ids, mask, 9, window=51) is None  # padding between prompt and completion would count
+    monkeypatch.setattr(learner, "PASS_TOKENS", {"cpu": 10**6})
+    assert share(ids, mask, 9) is None
+
+
+def test_on_mps_prompts_come_in_few_counts_and_widths(tiny_base: models.Base, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Widths in buckets and a power of two of prompts: each shape of its own leaks there. Computed here on the CPU."""
+    monkeypatch.setattr(learner, "padded", lambda length, device: -(-length // 32) * 32)
+    ids, mask, columns = groups(3, [9, 4, 7], [4, 2, 3, 1, 1, 4])
+    shared = every_prompt(ids, mask, int(columns), 0, again=1)
+    widths: list[tuple[int, ...]] = []
+    model = policy_of(tiny_base, True)
+    hook = (
+        model.get_base_model().model.layers[0].register_forward_pre_hook(lambda _, args: widths.append(args[0].shape))
+    )
+    ours = forward(model, ids, mask, int(columns), shared)
+    hook.remove()
+    assert [shape[:2] for shape in widths] == [(4, 32), (6, 32)]
+    torch.testing.assert_close(ours[0], plain(model, ids, mask, int(columns))[0], atol=2e-5, rtol=1e-5)
+
+
+def test_nothing_below_the_first_adapter_is_recorded(tiny_base: models.Base) -> None:
+    """`[model.lora] layers` = 1: the layers below, the embedding and the prompt's passes through them keep no graph."""
+    model = models.add_lora(bare(tiny_base), config.Lora(rank=4, alpha=8.0, layers=1))
+    recorded: dict[str, list[bool]] = {}
+
+    def note(name: str) -> Any:
+        def hook(_module: Any, _args: Any, out: Any) -> None:
+            out = out[0] if isinstance(out, tuple) else out
+            recorded.setdefault(name, []).append(out.requires_grad)
+
+        return hook
+
+    for name, module in model.get_base_model().model.named_modules():
+        if name.startswith(("embed_tokens", "layers")):
+            module.register_forward_hook(note(name))
+    ids, mask, columns = groups(9, [3, 5], [4, 2, 3, 1])
+    shared = every_prompt(ids, mask, int(columns), 9)
+    logps, _ = forward(model, ids, mask, int(columns), shared)
+    assert logps.requires_grad
+    top = max(int(name.split(".")[1]) for name in recorded if name.startswith("layers."))
+    below = {n: seen for n, seen in recorded.items() if not n.startswith(f"layers.{top}")}
+    assert all(len(seen) == 3 for seen in below.values())  # prefix, prompts, completions
+    assert not any(any(seen) for seen in below.values())
+    assert all(recorded[f"layers.{top}"])
+    saved: list[int] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.numel()) or t, lambda t: t):
+        forward(model, ids, mask, int(columns), shared)
+    adapted_all = models.add_lora(bare(tiny_base), config.Lora(rank=4, alpha=8.0))
+    everything: list[int] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: everything.append(t.numel()) or t, lambda t: t):
+        forward(adapted_all, ids, mask, int(columns), shared)
+    assert sum(saved) < 0.6 * sum(everything)
 
 
 def test_shared_prefix_counts_tokens_and_leaves_one() -> None:
@@ -113,7 +264,7 @@ def test_the_head_scores_completion_tokens_only_with_the_same_result(
         if ours:
             score_completions_only()
         model = policy_of(tiny_base, True)
-        logps, entropies = forward(model, ids, mask, int(columns), 9)
+        logps, entropies = forward(model, ids, mask, int(columns), Shared(9))
         logps.sum().backward()
         results.append((logps.detach(), entropies.detach(), [p.grad for p in model.parameters() if p.requires_grad]))
     torch.testing.assert_close(results[0], results[1], atol=1e-6, rtol=1e-5)

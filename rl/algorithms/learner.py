@@ -1,10 +1,13 @@
 """The trainer's forward, without work that changes nothing.
 
-Three savings, gradient-equal to TRL's own forward (tests/test_learner.py):
-- what all prompts of the batch share (few-shot examples, a system message) goes through the model once, its keys and
-  values are repeated for the rows, and gradients flow back through that one pass;
+Savings, gradient-equal to TRL's own forward (tests/test_learner.py):
+- what all prompts of the batch share (few-shot examples, a system message) goes through the model once, then the rest
+  of each distinct prompt once, then the completions; keys and values are repeated for the rows, and gradients flow back
+  through those passes. Which of the passes are made is decided by the tokens they save (`share`);
 - on-policy, the forward that gives the old logprobs *is* the loss forward: it is run once with its graph and reused;
-- the head, a quarter of a small model, runs on completion tokens alone.
+- the head, a quarter of a small model, runs on completion tokens alone, and a completion's last token is scored but
+  not read.
+Below the first adapter autograd records nothing by itself: no weight there wants a gradient, and no input does.
 """
 
 from dataclasses import dataclass
@@ -16,8 +19,11 @@ from transformers import DynamicCache
 
 from rl.device import padded
 
-# below this many shared tokens a second pass costs more than it saves
+# below this many shared tokens a pass of their own costs more than it saves
 SHORTEST_PREFIX = 8
+# what a further pass through the layers costs, in tokens: reading all weights again on a CPU, launches on a GPU
+PASS_TOKENS = {"cpu": 16}
+PASS_TOKENS_GPU = 256
 
 
 def score_completions_only() -> None:
@@ -51,6 +57,54 @@ def row_keys(input_ids: torch.Tensor, attention_mask: torch.Tensor) -> list[byte
     return [row.tobytes() for row in both]
 
 
+@dataclass(frozen=True)
+class Shared:
+    """What of a batch goes through the model once.
+
+    `prefix`: tokens that all prompts start with. `prompts`: the first row of each distinct prompt, whose rest is read
+    once too, but for the last token; empty where each row reads its own. `of_row`: which of `prompts` each row has.
+    """
+
+    prefix: int
+    prompts: tuple[int, ...] = ()
+    of_row: tuple[int, ...] = ()
+
+
+def share(
+    input_ids: torch.Tensor, attention_mask: torch.Tensor, completion_columns: int, window: int | None = None
+) -> Shared | None:
+    """The way with the fewest tokens, each further pass counted as PASS_TOKENS of them; None for TRL's own forward.
+
+    `input_ids` (rows, prompt + completion columns) with prompts padded on the left. `window` is the shortest sliding
+    window of the model: prompts of different lengths are padded in the middle, where a window would count the padding.
+    """
+    rows, total = input_ids.shape
+    device = input_ids.device
+    split = total - completion_columns
+    prefix = shared_prefix(input_ids, attention_mask, completion_columns)
+    if device.type == "mps":  # few different shapes
+        prefix -= prefix % SHORTEST_PREFIX
+    prefix = 0 if prefix < SHORTEST_PREFIX else prefix
+    longest = int(attention_mask[:, :split].sum(1).max())
+    numbers: dict[bytes, int] = {}
+    keys = row_keys(input_ids[:, :split], attention_mask[:, :split])
+    of_row = tuple(numbers.setdefault(key, len(numbers)) for key in keys)
+    prompts = tuple(of_row.index(i) for i in range(len(numbers)))
+    if device.type == "mps":  # a power of two of them, the first one again
+        prompts += prompts[:1] * ((1 << (len(prompts) - 1).bit_length()) - len(prompts))
+
+    cost = PASS_TOKENS.get(device.type, PASS_TOKENS_GPU)
+    first = prefix + cost if prefix else 0
+    ways: dict[Shared | None, int] = {None: rows * total}
+    if prefix:
+        ways[Shared(prefix)] = first + rows * padded(longest - prefix + completion_columns - 1, device)
+    rest = padded(longest - 1 - prefix, device)
+    own = padded(completion_columns, device)
+    if longest - 1 > prefix and (window is None or prefix + rest + own <= window):
+        ways[Shared(prefix, prompts, of_row)] = first + len(prompts) * rest + cost + rows * own
+    return min(ways, key=lambda way: ways[way])
+
+
 def shared_prefix(input_ids: torch.Tensor, attention_mask: torch.Tensor, completion_columns: int) -> int:
     """Tokens that every row's prompt starts with, leaving each prompt at least one token of its own."""
     prompts = input_ids[:, :-completion_columns]
@@ -68,48 +122,64 @@ def shared_prefix(input_ids: torch.Tensor, attention_mask: torch.Tensor, complet
 
 
 def forward(
-    model: Any, input_ids: torch.Tensor, attention_mask: torch.Tensor, completion_columns: int, prefix: int
+    model: Any, input_ids: torch.Tensor, attention_mask: torch.Tensor, completion_columns: int, shared: Shared
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Logprobs and entropies (rows, completion columns) as TRL's fused head gives them, zero on padding.
 
     `input_ids` (rows, prompt + completion columns) with prompts padded on the left and completions on the right;
-    `prefix` is `shared_prefix`'s. The rows go through the model without their left padding.
+    `shared` is `share`'s. The rows go through the model without their left padding.
     """
     rows, total = input_ids.shape
-    prompt_columns = total - completion_columns
-    lengths = attention_mask[:, :prompt_columns].sum(1)
-    width = padded(total - int(prompt_columns - lengths.max()) - prefix, input_ids.device)
-    # where each row's own tokens (prompt after the prefix, then completion) come from
-    source = (prompt_columns - lengths)[:, None] + prefix + torch.arange(width, device=input_ids.device)[None]
-    inside = source < total
-    source = source.clamp(max=total - 1)
-    tokens = input_ids.gather(1, source)
-    valid = attention_mask.gather(1, source).bool() & inside
-    labels = torch.where(valid & (source >= prompt_columns), tokens, -100)
-    prefix_ids = input_ids.gather(1, (prompt_columns - lengths)[:1, None] + torch.arange(prefix, device=tokens.device))
-
+    device, kind = input_ids.device, attention_mask.dtype
+    split, prefix = total - completion_columns, shared.prefix
+    lengths = attention_mask[:, :split].sum(1)
+    begin = split - lengths  # column of each row's first token
     cache = DynamicCache()
-    model.get_base_model().model(input_ids=prefix_ids, past_key_values=cache, use_cache=True) if hasattr(
-        model, "get_base_model"
-    ) else model.model(input_ids=prefix_ids, past_key_values=cache, use_cache=True)
-    cache.batch_repeat_interleave(rows)
-    seen = torch.cat([valid.new_ones(rows, prefix), valid], dim=1).to(attention_mask.dtype)
-    positions = (prefix + torch.arange(width, device=tokens.device))[None].expand(rows, -1)
+    layers = (model.get_base_model() if hasattr(model, "get_base_model") else model).model
+    if prefix:
+        ids = input_ids[:1].gather(1, begin[:1, None] + torch.arange(prefix, device=device))
+        layers(input_ids=ids, past_key_values=cache, use_cache=True)
+    past = attention_mask.new_ones(rows, prefix)
+    read = torch.full_like(lengths, prefix)  # tokens of each row that have been through the model
+    if shared.prompts:
+        some, of_row = (torch.tensor(index, device=device) for index in (shared.prompts, shared.of_row))
+        width = padded(int(lengths.max()) - 1 - prefix, device)
+        columns = prefix + torch.arange(width, device=device)[None].expand(len(some), -1)
+        if prefix:
+            cache.batch_repeat_interleave(len(some))
+        layers(
+            input_ids=input_ids[some].gather(1, (begin[some, None] + columns).clamp(max=total - 1)),
+            # what stands behind a prompt's end is behind it for causal attention too
+            attention_mask=attention_mask.new_ones(len(some), prefix + width),
+            position_ids=columns,
+            past_key_values=cache,
+            use_cache=True,
+        )
+        cache.batch_select_indices(of_row)
+        read = lengths - 1
+        past = torch.cat([past, (columns[of_row] < read[:, None]).to(kind)], dim=1)
+    else:
+        cache.batch_repeat_interleave(rows)
+
+    width = padded(int((lengths - read).max()) + completion_columns - 1, device)
+    positions = read[:, None] + torch.arange(width, device=device)[None]
+    source = begin[:, None] + positions
+    target = source + 1  # the token that each one predicts
+    scored = (target >= split) & (target < total)
+    source, target = source.clamp(max=total - 1), target.clamp(max=total - 1)
+    scored &= attention_mask.gather(1, target).bool()
     out = model(
-        input_ids=tokens,
-        attention_mask=seen,
+        input_ids=input_ids.gather(1, source),
+        attention_mask=torch.cat([past, attention_mask.gather(1, source)], dim=1),
         position_ids=positions,
         past_key_values=cache,
-        labels=labels,
+        shift_labels=torch.where(scored, input_ids.gather(1, target), -100),
         fused_lm_head=True,
     )
-    # the fused head scores token j + 1 at column j of `width - 1`
-    target = source[:, 1:] - prompt_columns
-    keep = (labels[:, 1:] != -100).to(out.log_probs.dtype)
-    target = target.clamp(min=0)
+    column = (target - split).clamp(min=0)
 
     def back(values: torch.Tensor) -> torch.Tensor:
         zeros = values.new_zeros(rows, completion_columns)
-        return zeros.scatter_add(1, target, values * keep)
+        return zeros.scatter_add(1, column, values * scored)
 
     return back(out.log_probs), None if out.entropy is None else back(out.entropy)

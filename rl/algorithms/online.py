@@ -14,14 +14,7 @@ from trl.trainer.utils import add_fused_lm_head, use_adapter
 
 from rl.algorithms.base import Job, Outcome, Recorder, Timer, run_trainer
 from rl.algorithms.guard import Guard
-from rl.algorithms.learner import (
-    SHORTEST_PREFIX,
-    Forward,
-    forward,
-    row_keys,
-    score_completions_only,
-    shared_prefix,
-)
+from rl.algorithms.learner import Forward, forward, row_keys, score_completions_only, share
 from rl.algorithms.mismatch import Alarm, measure
 from rl.algorithms.seam import EpochSampler, MLXGeneration
 from rl.rollouts.result import Sampling
@@ -174,19 +167,20 @@ class Online:
     def _forward(
         self, model: Any, input_ids: torch.Tensor, attention_mask: torch.Tensor, columns: int, batch_size: int | None
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        prefix = shared_prefix(input_ids, attention_mask, columns)
-        if prefix < SHORTEST_PREFIX or self.args.gradient_checkpointing:
-            # TRL gives the head of a reference model of its own no entropy
-            logps, entropies, _ = super()._get_per_token_logps_and_entropies(
-                model, input_ids, attention_mask, columns, batch_size, compute_entropy=model is not self.ref_model
-            )
-            return logps, entropies
-        size = batch_size or len(input_ids)
-        parts = []
+        size, parts = batch_size or len(input_ids), []
+        window = getattr(model.config, "sliding_window", None)
         for start in range(0, len(input_ids), size):
-            rows = slice(start, start + size)
+            ids, mask = input_ids[start : start + size], attention_mask[start : start + size]
+            shared = None if self.args.gradient_checkpointing else share(ids, mask, columns, window)
+            if shared is None:
+                # TRL gives the head of a reference model of its own no entropy
+                logps, entropies, _ = super()._get_per_token_logps_and_entropies(
+                    model, ids, mask, columns, compute_entropy=model is not self.ref_model
+                )
+                parts.append((logps, entropies))
+                continue
             with self.accelerator.autocast():
-                parts.append(forward(model, input_ids[rows], attention_mask[rows], columns, prefix))
+                parts.append(forward(model, ids, mask, columns, shared))
         logps = torch.cat([p[0] for p in parts])
         return logps, None if parts[0][1] is None else torch.cat([p[1] for p in parts])
 
