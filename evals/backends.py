@@ -122,6 +122,9 @@ def _hf(subject: runs.Subject, tokenizer: Any, device: str, dtype: str, batch_si
         dtype=dtype,
         batch_size=batch_size,
     )
+    score = lm._loglikelihood_tokens
+    # rolling scores ask it for lm-eval's own bar, which would run beside ours
+    lm._loglikelihood_tokens = lambda *asked, **options: score(*asked, **options | {"disable_tqdm": True})
     own = lm.model.generation_config.eos_token_id
     ends = {tokenizer.eos_token_id, *(own if isinstance(own, list) else [] if own is None else [own])}
     # Plain greedy decoding: a folder may ship sampling settings or a repetition penalty. And rows that end early in a

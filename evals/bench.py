@@ -1,7 +1,8 @@
 """`python -m evals bench`: lm-eval's requests answered by its own `hf` model and by ours, in turns, on one device.
 
 Both get the same requests, batch size and dtype, and are loaded as `nox -s eval` loads them. Nothing is timed before
-both have scored the same texts alike. A repetition is hf, then ours, and ratios are taken within it.
+both have scored the same texts alike. A repetition is hf, then ours, and ratios are taken within it. The table is made
+from the JSON beside it alone: `python -m evals check` does so with those in evals/published/.
 """
 
 import argparse
@@ -70,10 +71,11 @@ class Contest:
 
 @dataclass(frozen=True)
 class Report:
-    """All contests on one model."""
+    """All contests on one model; `left_out` names the work for which no time was left."""
 
     model: str
-    contests: list[Contest]
+    contests: list[Contest] = field(default_factory=list)
+    left_out: list[str] = field(default_factory=list)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -92,6 +94,12 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--batch-size", type=_positive, default=64, metavar="N", help="of both (default: 64)")
     made.add_argument("--repeats", type=_positive, default=3, metavar="N", help="timed turns of each (default: 3)")
     made.add_argument(
+        "--seconds",
+        type=_positive,
+        metavar="N",
+        help="begin nothing new after so many seconds; what was begun ends with one timed turn of each at least",
+    )
+    made.add_argument(
         "--dtype",
         choices=["float32", "float16", "bfloat16"],
         help="of both (default: float32 on a CPU, float16 elsewhere)",
@@ -103,13 +111,14 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None, root: Path = ROOT) -> None:
-    """Bench and write the table, also after each model.
+    """Bench and write the table, also after each kind of work, so that a killed bench leaves what it had.
 
     Raises:
         UserError: lm-eval is not installed, a model that is not there or that MLX does not decode.
         RunFailed: the two disagree, or torch lacks the device that MLX runs on.
     """
     args = parser().parse_args(argv)
+    deadline = time.monotonic() + args.seconds if args.seconds else None
     missing = [name for name in ("lm_eval", "mlx") if importlib.util.find_spec(name) is None]
     if missing:
         raise UserError(f"bench: {' and '.join(missing)} not installed here, so there is nothing to compare: `uv sync`")
@@ -126,24 +135,48 @@ def main(argv: Sequence[str] | None = None, root: Path = ROOT) -> None:
     dtype = args.dtype or ("float32" if kind == "cpu" else "float16")
     sizes = Sizes(args.prompts, args.prompt_tokens, args.new, args.batch_size, args.repeats)
     out = (args.out or root / "build" / f"evalbench-{kind}").with_suffix(".md")
-    about = _about(sizes, dtype, device, args.model or ["smollm2"], root)
+    about = _about(sizes, dtype, device, args.model or ["smollm2"], args.seconds, root)
     (root / "build").mkdir(parents=True, exist_ok=True)
     reports: list[Report] = []
+
+    def write() -> None:
+        value = {"about": about, "sizes": asdict(sizes), "dtype": dtype, "device": kind, "bar": BAR}
+        files.write_json(out.with_suffix(".json"), record.finite(value | {"reports": [asdict(r) for r in reports]}))
+        files.write_text(out, table(out.with_suffix(".json")))
+
     with tempfile.TemporaryDirectory(prefix="evalbench-", dir=root / "build") as folder:
         for name in args.model or ["smollm2"]:
-            reports.append(bench(name, sizes, dtype, kind, Path(folder), root))
-            table = markdown(reports, about, kind)
-            files.write_text(out, table)
-            value = {"about": about, "sizes": asdict(sizes), "dtype": dtype, "device": kind, "bar": BAR}
-            files.write_json(out.with_suffix(".json"), record.finite(value | {"reports": [asdict(r) for r in reports]}))
-    print(f"{table}\nwritten to {out} and {out.with_suffix('.json').name}")
+            reports.append(Report(name))
+            bench(reports[-1], sizes, dtype, kind, Path(folder), root, deadline=deadline, done=write)
+    print(f"{out.read_text()}\nwritten to {out} and {out.with_suffix('.json').name}")
+
+
+def table(path: Path) -> str:
+    """The table that a bench's JSON gives. Raises UserError for a file that is not one."""
+    value = runs.read_json(path, "bench again: python -m evals bench")
+    try:
+        reports = [Report(**one | {"contests": [Contest(**c) for c in one["contests"]]}) for one in value["reports"]]
+        return markdown(reports, value["about"], value["device"])
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise UserError(f"{path}: not what this bench writes ({error!r}); bench again: python -m evals bench") from None
 
 
 def bench(
-    name: str, sizes: Sizes, dtype: str, kind: str, folder: Path, root: Path, say: Callable[[str], None] | None = None
-) -> Report:
-    """All work on one model. Raises RunFailed where the two score the same texts differently."""
-    say = say or (lambda text: print(f"{name}: {text}", file=sys.stderr))
+    report: Report,
+    sizes: Sizes,
+    dtype: str,
+    kind: str,
+    folder: Path,
+    root: Path,
+    *,
+    deadline: float | None,
+    done: Callable[[], None],
+) -> None:
+    """All work on the report's model, put into it, as far as time allows; `done` is called after each piece.
+
+    Raises RunFailed where the two score the same texts differently.
+    """
+    name = report.model
     if name in SHAPES:
         one = runs.Subject("run", subject(name, 8, folder, root).base.path)
     else:
@@ -155,17 +188,19 @@ def bench(
     hf = backends.load(one, tokenizer, "hf", device=kind, dtype=dtype, batch_size=sizes.batch_size).lm
     lms = {"hf": hf, "mlx": mlx}
     _check_agreement(lms, tokenizer, dtype)
-    contests = []
     for work in works(mlx, tokenizer, sizes):
-        say(f"{work.what}, {len(work.requests)} requests")
-        contests.append(contest(work, lms, sizes))
+        if _late(deadline):
+            report.left_out.append(work.what)
+        else:
+            print(f"{name}: {work.what}, {len(work.requests)} requests", file=sys.stderr)
+            report.contests.append(contest(work, lms, sizes.repeats, deadline))
+        done()
     del lms, hf, mlx
     gc.collect()
     if kind == "cuda":
         import torch
 
         torch.cuda.empty_cache()
-    return Report(name, contests)
 
 
 def works(mlx: Any, tokenizer: Any, sizes: Sizes) -> list[Work]:
@@ -195,14 +230,16 @@ def works(mlx: Any, tokenizer: Any, sizes: Sizes) -> list[Work]:
     ]
 
 
-def contest(work: Work, lms: dict[str, Any], sizes: Sizes) -> Contest:
+def contest(work: Work, lms: dict[str, Any], repeats: int, deadline: float | None = None) -> Contest:
     """Both on `work` in turns, after each has done all of it once: a shape's first sight compiles kernels."""
     answers = {who: answer(lm, work.kind, work.requests) for who, lm in lms.items()}
     found = Contest(work.what, work.kind, len(work.requests), work.bar, _agreement(work.kind, answers))
     if work.kind == "generate_until":
         encode = lms["hf"].tok_encode
         found.tokens = {who: sum(len(encode(t, add_special_tokens=False)) for t in a) for who, a in answers.items()}
-    for _ in range(sizes.repeats):
+    for turn in range(repeats):
+        if turn and _late(deadline):
+            break
         for who, lm in lms.items():
             gc.collect()
             started = time.perf_counter()
@@ -237,6 +274,7 @@ def markdown(reports: Sequence[Report], about: dict[str, str], kind: str) -> str
                 f"| {one.agreement} |"
             )
     lines += ["", "Median (least–most) of the repetitions; ratios within a repetition.", ""]
+    lines += [f"- no time was left for {report.model}: {what}" for report in reports for what in report.left_out]
     for report in reports:
         for one in report.contests:
             if one.bar and kind != "cpu":
@@ -245,6 +283,10 @@ def markdown(reports: Sequence[Report], about: dict[str, str], kind: str) -> str
                 lines.append(f"- bar, {report.model}: generation at least {BAR:g} × hf: {ratio_of:.2f} ×, {met}")
     lines += [f"- {key}: {value}" for key, value in about.items()]
     return "\n".join(lines) + "\n"
+
+
+def _late(deadline: float | None) -> bool:
+    return deadline is not None and time.monotonic() > deadline
 
 
 def _stop(answers: Sequence[str], new: int) -> str:
@@ -281,7 +323,9 @@ def _agreement(kind: str, answers: dict[str, list[Any]]) -> str:
     return f"≤ {max(abs(a - b) for a, b in values):.2g} apart"
 
 
-def _about(sizes: Sizes, dtype: str, device: Any, names: Sequence[str], root: Path) -> dict[str, str]:
+def _about(
+    sizes: Sizes, dtype: str, device: Any, names: Sequence[str], seconds: int | None, root: Path
+) -> dict[str, str]:
     import torch
 
     from rl.doctor import chip
@@ -291,6 +335,7 @@ def _about(sizes: Sizes, dtype: str, device: Any, names: Sequence[str], root: Pa
     commit = "unknown" if git is None else f"{git['commit']}{', with changes not committed' if git['dirty'] else ''}"
     mlx = describe()
     told = " ".join(f"--{key.replace('_', '-')} {value}" for key, value in asdict(sizes).items())
+    told += f" --seconds {seconds}" if seconds else ""
     versions = ", ".join(f"{name} {version or 'absent'}" for name, version in record.versions(PACKAGES).items())
     return {
         "command": f"`python -m evals bench {' '.join(f'--model {name}' for name in names)} {told} --dtype {dtype}`",

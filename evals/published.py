@@ -286,6 +286,9 @@ def outputs(root: Path) -> tuple[dict[Path, str], list[str]]:
     found = read(root)
     made = published_evals.texts(root)
     about = [published_evals.ABOUT] if made else []
+    benches = published_evals.bench_texts(root)
+    about += [published_evals.bench_about(benches)] if benches else []
+    made |= benches
     path = root / "evals" / "published" / "README.md"
     if found or made or path.exists():
         made[path] = "\n".join([INTRO, *(section(group) for group in groups(found)), *about])

@@ -37,6 +37,22 @@ def texts(root: Path) -> dict[Path, str]:
     return {folder / name: text for name, text in named.items()}
 
 
+def bench_texts(root: Path) -> dict[Path, str]:
+    """The table of each published bench-evals-*.json by path. Raises UserError for a broken one."""
+    found = sorted((root / "evals" / "published").glob("bench-evals-*.json"))
+    if not found:
+        return {}
+    from evals import bench  # knows of devices and versions: nothing that other tables need
+
+    return {path.with_suffix(".md"): bench.table(path) for path in found}
+
+
+def bench_about(tables: Iterable[Path]) -> str:
+    """The section that names the bench tables."""
+    links = ", ".join(f"[{path.stem.removeprefix('bench-evals-')}]({path.name})" for path in tables)
+    return f"## lm-eval: speed\n\nlm-eval's own `hf` model against ours in MLX, on one device in turns: {links}.\n"
+
+
 def check(found: Iterable[tuple[str, Path]]) -> list[tables_read.Result]:
     """The results. Raises UserError for a broken one, and for two versions of one task."""
     results = tables_read.load(found)

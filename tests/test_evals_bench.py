@@ -3,12 +3,14 @@
 import importlib.util
 import json
 import math
+import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from evals import bench
+from evals import bench, published
 from evals.bench import Contest, Report, Sizes, Work
 from rl.errors import RunFailed, UserError
 
@@ -38,10 +40,21 @@ def test_the_two_take_turns_after_a_warm_up_each() -> None:
     """Trap: all of one, then all of the other, times what the machine does meanwhile."""
     turns: list[str] = []
     lms = {"hf": Scripted("hf", ["xyz", "q"], turns), "mlx": Scripted("mlx", ["xyz", "qr"], turns)}
-    found = bench.contest(WORK, lms, SIZES)
+    found = bench.contest(WORK, lms, SIZES.repeats)
     assert turns == ["hf", "mlx"] * (1 + SIZES.repeats)
     assert {who: len(seconds) for who, seconds in found.seconds.items()} == {"hf": 3, "mlx": 3}
     assert (found.tokens, found.agreement) == ({"hf": 4, "mlx": 5}, "1 of 2 equal")
+
+
+def test_what_was_begun_ends_with_one_turn_each_when_time_is_up() -> None:
+    """Trap: a bench that a time limit kills in the middle has nothing to show."""
+    turns: list[str] = []
+    lms = {"hf": Scripted("hf", ["xyz", "q"], turns), "mlx": Scripted("mlx", ["xyz", "qr"], turns)}
+    found = bench.contest(WORK, lms, SIZES.repeats, deadline=time.monotonic() - 1)
+    assert turns == ["hf", "mlx"] * 2
+    assert {who: len(seconds) for who, seconds in found.seconds.items()} == {"hf": 1, "mlx": 1}
+    lines = bench.markdown([Report("m", [found], ["3 texts"])], {}, "cpu").splitlines()
+    assert "- no time was left for m: 3 texts" in lines
 
 
 @pytest.mark.parametrize(("hf", "said"), [([6.0, 9.0, 3.1], "3.10 ×, met"), ([6.0, 2.9, 2.0], "2.90 ×, missed")])
@@ -96,6 +109,30 @@ def test_a_small_run_writes_table_and_json(tmp_path: Path, capsys: pytest.Captur
     assert [one["agreement"] for one in contests[:2]] == ["4 of 4 equal"] * 2
     assert contests[0]["tokens"]["hf"] == contests[0]["tokens"]["mlx"] > 0
     assert all(len(one["seconds"][who]) == 1 for one in contests for who in ("hf", "mlx"))
-    assert table in capsys.readouterr().out
+    shown = capsys.readouterr()
+    assert table in shown.out
+    assert "Running" not in shown.err  # lm-eval's own bar, within what is timed
+    assert bench.table(tmp_path / "made" / "table.json") == table
     assert {"machine", "packages", "command", "commit"} <= made["about"].keys()
     assert [path.name for path in (tmp_path / "build").iterdir()] == []
+
+
+def test_a_published_table_follows_from_its_json(tmp_path: Path) -> None:
+    """`published` makes it, `check` finds a number changed by hand, and a broken JSON is one line."""
+    folder = tmp_path / "evals" / "published"
+    folder.mkdir(parents=True)
+    one = Contest("some", "generate_until", 2, True, "2 of 2 equal", {"hf": 9, "mlx": 9}, {"hf": [8.0], "mlx": [2.0]})
+    source = folder / "bench-evals-h.json"
+    value = {"about": {"machine": "here"}, "device": "cuda", "reports": [asdict(Report("m", [one], ["choices"]))]}
+    source.write_text(json.dumps(value))
+    published.main(["published"], tmp_path)
+    table = folder / "bench-evals-h.md"
+    assert "generation at least 3 × hf: 4.00 ×, met" in table.read_text()
+    assert "[h](bench-evals-h.md)" in (folder / "README.md").read_text()
+    published.main(["check"], tmp_path)
+    table.write_text(table.read_text().replace("4.00", "5.00"))
+    with pytest.raises(UserError, match=r"published/bench-evals-h\.md: not what the published runs and results give"):
+        published.main(["check"], tmp_path)
+    source.write_text('{"about": {}}')
+    with pytest.raises(UserError, match=r"^[^\n]*bench-evals-h\.json: not what this bench writes[^\n]*$"):
+        published.main(["check"], tmp_path)
