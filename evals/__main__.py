@@ -40,8 +40,8 @@ def parser() -> argparse.ArgumentParser:
     )
     made.add_argument(
         "--tasks",
-        help="tasks, groups or patterns, separated by commas: ours (--list) or lm-eval's by name; default: heldout for "
-        "runs, sums for other models",
+        help="tasks, groups or patterns, separated by commas: ours (--list) or lm-eval's by name; TASK@8 draws "
+        "8 samples a question for pass@k and majority@k (ours); default: heldout for runs, sums for other models",
     )
     made.add_argument("--limit", type=_positive, metavar="N", help="ask only the first N questions of each task")
     made.add_argument(
@@ -153,8 +153,8 @@ def _list(console: Console, root: Path, wanted: str | None) -> None:
         table.add_column(column)
     for task in tasks:
         size, lost = catalog.size(task), catalog.missing(task)
-        count = "each run's" if task.name == "heldout" else "–" if size is None else str(size)
-        here = "each run keeps it" if task.name == "heldout" else "here" if lost is None else "not here"
+        count = "each run's" if task.of_runs else "–" if size is None else str(size)
+        here = "each run keeps it" if task.of_runs else "here" if lost is None else "not here"
         table.add_row(task.name, count, ", ".join(catalog.metrics(task)) or "lm-eval's default", here)
     console.print(table)
     names = catalog.index(root)

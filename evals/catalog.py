@@ -11,7 +11,7 @@ import json
 import os
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
@@ -24,18 +24,29 @@ from rl.files import sha256_file, sha256_json, write_text
 TASKS = Path(__file__).parent / "tasks"
 # what `load_dataset` reads from files that the task names itself
 BUILDERS = ("json", "csv", "parquet", "text", "arrow", "pandas", "imagefolder", "audiofolder")
+SAMPLED = re.compile(r"(.+)@(\d+)")  # a task of ours, asked so many times a question
+MOST_SAMPLES = 1024
 _KEY = re.compile(r"^[\"']?(task|group|class|tag|include)[\"']?:[ \t]*(.*(?:\n[ \t]*- .*)*)", re.MULTILINE)
 _FUNCTION = re.compile(r"!function\s+([\w.]+)\.\w+")
 
 
 @dataclass(frozen=True)
 class Task:
-    """One task by name: the YAML file it is built from, and for BIG-bench its data file."""
+    """One task by name: the YAML file it is built from, and for BIG-bench its data file.
+
+    `samples` answers are drawn for each question, where there are more than one; else the answer is the greedy one.
+    """
 
     name: str
     kind: Literal["ours", "bigbench", "lm-eval"]
     path: Path
     data: Path | None = None
+    samples: int = 1
+
+    @property
+    def of_runs(self) -> bool:
+        """Whether it asks the questions that each run kept, and so has none without a run."""
+        return self.path.name == "heldout.yaml" and self.kind == "ours"
 
     @property
     def config(self) -> dict[str, Any]:
@@ -45,7 +56,10 @@ class Task:
     @property
     def sha256(self) -> str:
         """Digest of all that describes the task: YAML, what it includes, its functions' modules, BIG-bench's data."""
-        return sha256_json([_texts(self.path), sha256_file(self.data) if self.data else ""])
+        parts: list[Any] = [_texts(self.path), sha256_file(self.data) if self.data else ""]
+        if self.samples > 1:
+            parts += [self.samples, (TASKS.parent / "stats" / "sampling.py").read_text(encoding="utf-8")]
+        return sha256_json(parts)
 
 
 @dataclass(frozen=True)
@@ -68,13 +82,17 @@ def ours(root: Path) -> dict[str, Task]:
 def find(root: Path, names: str) -> list[Task]:
     """The tasks that `names` (separated by commas) mean: tasks, groups, tags or patterns such as gym_*.
 
+    NAME@8 is our task NAME (or pattern) with eight samples a question, for pass@k and majority@k.
+
     Raises:
-        UserError: an unknown name, with the nearest ones; a group that changes its tasks.
+        UserError: an unknown name, with the nearest ones; a group that changes its tasks; samples of another task.
     """
     known = ours(root)
     found: dict[str, Task] = {}
     for name in filter(None, (part.strip() for part in names.split(","))):
-        if name in known:
+        if several := SAMPLED.fullmatch(name):
+            found |= {task.name: task for task in _sampled(root, several[1], int(several[2]))}
+        elif name in known:
             found[name] = known[name]
         elif matching := fnmatch.filter(known, name):
             found |= {match: known[match] for match in matching}
@@ -132,8 +150,26 @@ def size(task: Task) -> int | None:
 
 
 def metrics(task: Task) -> list[str]:
-    """Names of the metrics as the YAML lists them."""
-    return [str(entry.get("metric")) for entry in task.config.get("metric_list") or [] if isinstance(entry, dict)]
+    """Names of the metrics as the YAML lists them, and where samples are drawn those over them."""
+    more = [f"{what}@{k}" for k in ks(task.samples) for what in ("pass", "maj")]
+    return more + [
+        str(entry.get("metric")) for entry in task.config.get("metric_list") or [] if isinstance(entry, dict)
+    ]
+
+
+def _sampled(root: Path, name: str, samples: int) -> Iterator[Task]:
+    for task in find(root, name):
+        if task.kind != "ours":
+            raise UserError(f"--tasks {task.name}@{samples}: samples are drawn for the tasks in evals/tasks/ alone")
+        if not 2 <= samples <= MOST_SAMPLES:
+            asked = f"--tasks {task.name}@{samples}"
+            raise UserError(f"{asked}: valid are 2 to {MOST_SAMPLES} samples, or {task.name} for the greedy answer")
+        yield replace(task, name=f"{task.name}@{samples}", samples=samples)
+
+
+def ks(samples: int) -> list[int]:
+    """The k of pass@k and maj@k: powers of two from 2 on, and the number of samples itself."""
+    return sorted({2**power for power in range(1, samples.bit_length()) if 2**power <= samples} | {samples} - {1})
 
 
 def datasets_cache() -> Path:

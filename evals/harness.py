@@ -31,6 +31,8 @@ class Asked:
 
 def asked(task: Task) -> Asked:
     """A task that brings its own questions."""
+    if task.samples > 1:
+        return Asked(task, _sampling(task))
     if task.kind != "bigbench":
         return Asked(task, str(task.path))
     from lm_eval.tasks._yaml_loader import load_yaml
@@ -38,7 +40,26 @@ def asked(task: Task) -> Asked:
     return Asked(task, load_yaml(task.path) | {"task": task.name, "dataset_kwargs": {"file": str(task.data)}})
 
 
-def own_rows(folder: Path, run: runs.Run, tokenizer: Any, limit: int | None) -> Asked:
+def _sampling(task: Task) -> dict[str, Any]:
+    """The task's YAML, with as many draws a question from the model's own distribution (temperature 1, no filter)."""
+    from lm_eval.tasks._yaml_loader import load_yaml
+
+    from evals.tasks import heldout
+
+    given = load_yaml(task.path)
+    over = [{"metric": name, "aggregation": "mean", "higher_is_better": True} for name in catalog.metrics(task)]
+    return given | {
+        "task": task.name,
+        "repeats": task.samples,
+        "filter_list": [{"name": "none", "filter": [{"function": "take_first_k", "k": task.samples}]}],
+        "process_results": heldout.process_samples,
+        "metric_list": over,
+        "generation_kwargs": given["generation_kwargs"]
+        | {"do_sample": True, "temperature": 1.0, "top_p": 1.0, "top_k": 0},
+    }
+
+
+def own_rows(folder: Path, run: runs.Run, task: Task, tokenizer: Any, limit: int | None) -> Asked:
     """Task heldout on the rows that `run` kept, written to `folder` with the chat template applied.
 
     Raises UserError for chat rows and a tokenizer without a template.
@@ -47,9 +68,9 @@ def own_rows(folder: Path, run: runs.Run, tokenizer: Any, limit: int | None) -> 
     text = "".join(json.dumps(_document(row, tokenizer, run), ensure_ascii=False) + "\n" for row in rows)
     path = folder / "rows.jsonl"
     path.write_text(text, encoding="utf-8")
-    task = Task("heldout", "ours", catalog.TASKS / "heldout.yaml")
     chat = not isinstance(rows[0]["prompt"], str)
-    return Asked(task, str(task.path), text, str(path), runs.generation(run), chat)
+    spec = str(task.path) if task.samples == 1 else _sampling(task)
+    return Asked(task, spec, text, str(path), runs.generation(run), chat)
 
 
 def fits(lm: Any, where: str) -> Callable[[Any], None]:

@@ -71,7 +71,7 @@ def job(root: Path, target: runs.Target, subject: runs.Subject, task: Task, sett
     backend = backends.choose(settings.backend, settings.device, subject)
     check_unseen(root, target, task)
     kept: dict[str, Any] = {"limit": settings.limit, "seed": settings.seed}
-    if task.name == "heldout":
+    if task.of_runs:
         if target.run is None:
             raise UserError(f"{target.name}: task heldout asks the questions that a run kept, and this is no run; "
                             "name other tasks, such as --tasks sums,gym_gcd")  # fmt: skip
@@ -149,12 +149,12 @@ def measure(root: Path, todo: Job, loaded: "Loaded", settings: Settings, progres
         partial.unlink(missing_ok=True)
     journal = cache.Journal(partial)
     resumed = bool(journal.answers)
-    run = todo.target.run if todo.task.name == "heldout" else None
+    run = todo.target.run if todo.task.of_runs else None
     lm, where = loaded.lm, f"{run.folder / 'heldout.jsonl'}: row" if run else f"{todo.task.name}: question"
     check = harness.fits(lm, where) if todo.task.kind == "ours" else None
     with tempfile.TemporaryDirectory() as folder:
         if run:
-            asked = harness.own_rows(Path(folder), run, loaded.tokenizer, settings.limit)
+            asked = harness.own_rows(Path(folder), run, todo.task, loaded.tokenizer, settings.limit)
         else:
             asked = harness.asked(todo.task)
         # a chat template writes BOS itself where the model wants one
@@ -199,7 +199,7 @@ def check_unseen(root: Path, target: runs.Target, task: Task) -> None:
     for data in runs.trained_on(root, target.run) if target.run else []:
         families = [entry.get("name") for entry in data.get("task") or [] if isinstance(entry, dict)]
         gym = data.get("source") == "reasoning-gym" and asked.get("family") in families and data.get("seed", 0) != 0
-        sums = data.get("source") == "arithmetic" and task.name == "sums" and data.get("operation", "+") == "+"
+        sums = data.get("source") == "arithmetic" and task.path.stem == "sums" and data.get("operation", "+") == "+"
         same = all(data.get(key) == asked.get(key) for key in ("max_a", "max_b", "shots")) and data.get("seed", 0) == 0
         if gym or (sums and not same):
             raise UserError(

@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import importlib
 import json
 import re
 import time
@@ -348,3 +349,21 @@ def test_backend_follows_the_family(tmp_path: Path) -> None:
         backends.choose("mlx", "auto", gpt)
     with pytest.raises(UserError, match="--device cpu is for --backend hf"):
         backends.choose("mlx", "cpu", llama)
+
+
+def test_the_guide_names_what_there_is() -> None:
+    """Each command, option and task in docs/evals.md exists, and its YAML is that of the task."""
+    text = (ROOT / "docs" / "evals.md").read_text()
+    modules = {name: importlib.import_module(f"evals.{module}") for name, module in cli.COMMANDS.items()}
+    parsers = {name: module.parser for name, module in modules.items() if hasattr(module, "parser")}
+    made = {n: make(n) if cli.COMMANDS[n] == "published" else make() for n, make in parsers.items()}
+    known = {word for parser in (cli.parser(), *made.values()) for word in parser._option_string_actions}
+    assert set(re.findall(r"(?<![\w-])--[a-z][\w-]*", text)) <= known
+    used = set(re.findall(r"python -m evals (\w+)", text))
+    assert len(used) >= 6
+    assert used <= cli.COMMANDS.keys()
+    names = {name for asked in re.findall(r"--tasks '?([\w,*@]+)", text) for name in asked.split(",")}
+    lm_eval = {"arc_easy", "lambada_openai"}
+    assert {task.partition("@")[0] for task in names - lm_eval - {"A", "B", "arc_*"}} <= {*catalog.ours(ROOT), "gym_*"}
+    example = text.partition("```yaml\n")[2].partition("```")[0]
+    assert (catalog.TASKS / "gym_products.yaml").read_text().endswith(example)

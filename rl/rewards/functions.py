@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 BatchReward = Callable[..., Iterable[float | None]]
 SampleReward = Callable[[Any, dict[str, Any]], float]  # (completion, row) -> reward
+VERIFYING = ("exact", "reasoning-gym", "math-verify")  # the rewards that say what a right answer is
 
 
 @dataclass
@@ -133,7 +134,7 @@ def build(rewards: "tuple[Reward, ...]") -> list[RewardFunction]:
 
 def grader(rewards: "tuple[Reward, ...]") -> Callable[[Any, Mapping[str, Any]], Score]:
     """`(completion, row) -> Score` as the first verifying reward sees it; plain comparison where there is none."""
-    reward = next((r for r in rewards if r.name in ("exact", "reasoning-gym", "math-verify")), None)
+    reward = next((r for r in rewards if r.name in VERIFYING), None)
     if reward is None:
         return grade
     if reward.name == "math-verify":
