@@ -194,8 +194,10 @@ def load_sampler(config: "Config", start: Start, policy: Any, tokenizer: Any, st
         pad = tokenizer.pad_token_id
         return TorchSampler(policy, stop_ids, pad, rollout.max_batch, texts, tokenizer.decode)
     from rl.rollouts import sampler
-    from rl.rollouts.device import backend
+    from rl.rollouts.device import backend, use_cpu
 
+    if config.run.device == "cpu":
+        use_cpu()
     precision = rollout.precision or "full"
     exact = backend() == "cpu" or precision == "shared"
     built = sampler.build(

@@ -317,3 +317,16 @@ def test_common_prefix_leaves_every_prompt_a_token() -> None:
     assert common_prefix([[1, 2, 3], [1, 2]]) == 1
     assert common_prefix([[1, 2, 3]]) == 2
     assert common_prefix([[4], [4]]) == 0
+
+
+def test_a_run_on_the_cpu_leaves_a_gpu_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Trap: asked for a GPU alone, MLX says yes even after the default device was set to the CPU."""
+    from rl.rollouts import device
+
+    monkeypatch.setattr(mx.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(mx, "default_device", lambda: "the GPU")
+    assert device.backend() == "cuda"
+    monkeypatch.undo()
+    monkeypatch.setattr(mx.cuda, "is_available", lambda: True)
+    device.use_cpu()
+    assert device.backend() == "cpu"

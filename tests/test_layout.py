@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-CODE = ("rl", "evals", "tests")
+CODE = ("rl", "evals", "papers", "tests")
 UNREAD = {"uv.lock"}  # the lock names the registry it was made from
 
 
@@ -22,7 +22,7 @@ def tracked() -> tuple[str, ...]:
     if done.returncode == 0:
         names = [name for name in done.stdout.split("\0") if name]
     else:
-        tops = (*CODE, "configs", "papers", ".ci", ".github")
+        tops = (*CODE, "configs", ".ci", ".github")
         names = [path.relative_to(ROOT).as_posix() for top in tops for path in (ROOT / top).rglob("*")]
         names += [path.name for path in ROOT.iterdir()]
     return tuple(sorted(name for name in names if (ROOT / name).is_file() and "__pycache__" not in name))

@@ -7,11 +7,18 @@ CACHE_BYTES = 1 << 30
 
 def backend() -> str:
     """`metal`, `cuda` or `cpu`: where MLX's default stream runs."""
+    if mx.default_device() == mx.cpu:  # also where a GPU is there and `use_cpu` has turned from it
+        return "cpu"
     if mx.metal.is_available():
         return "metal"
     if hasattr(mx, "cuda") and mx.cuda.is_available():
         return "cuda"
     return "cpu"
+
+
+def use_cpu() -> None:
+    """Sample on the CPU from here on, also where MLX sees a GPU: `[run] device = "cpu"` leaves that to others."""
+    mx.set_default_device(mx.cpu)
 
 
 def describe() -> dict[str, str]:
