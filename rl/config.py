@@ -86,14 +86,20 @@ class Task:
 class Data:
     """[data]: prompts and answers."""
 
-    source: Literal["arithmetic", "reasoning-gym", "jsonl", "hub"] = key("where the rows come from")
+    source: Literal["arithmetic", "reasoning-gym", "jsonl", "hub", "environment"] = key(
+        "where the rows come from; environment: the rows() of [rollout] environment"
+    )
     from_: str | None = key(
         "another config, relative to this one; train on the pairs its run has sampled (source gives the held-out rows)",
         None,
     )
     train_size: int = key("rows to train on, at most", least=1)
     seed: int = key("seed of generation, shuffling and the held-out split", 0, least=0, most=2**32 - 1)
-    shots: int = key("arithmetic, reasoning-gym: worked examples in front of each question", 0, least=0)
+    shots: int = key(
+        "worked examples in front of each question (arithmetic, reasoning-gym); with the calculator, calls of it",
+        0,
+        least=0,
+    )
     form: Literal["plain", "chat", "char"] = key(
         "plain text, chat messages, or single characters for the tiny model", "plain"
     )
@@ -135,7 +141,7 @@ class Rollout:
     top_p: float = key("nucleus; 1 = off", 1.0, above=0, most=1)
     top_k: int = key("most probable tokens kept; 0 = off", 0, least=0)
     min_p: float = key("least probability, relative to the most probable token; 0 = off", 0.0, least=0, most=1)
-    max_completion_length: int = key("new tokens at most", 64, least=1)
+    max_completion_length: int = key("new tokens at most, over all turns and with what tools say", 64, least=1)
     stop: tuple[str, ...] = key("texts that end a completion, beside EOS", ())
     correction: Literal["none", "token_truncate", "token_mask", "sequence_truncate", "sequence_mask"] = key(
         "importance-sampling correction of sampler against trainer; for rloo unset = sequence_truncate",
@@ -148,6 +154,21 @@ class Rollout:
         "(SmolLM2-135M: 45 KiB in float32)",
         65536,
         least=2,
+    )
+    tools: tuple[str, ...] = key(
+        'functions that the policy may call while it answers, each "module:function" (GRPO\'s family, chat prompts); '
+        '"rl.tools:calculator" is one',
+        (),
+    )
+    environment: str | None = key(
+        'a world of several turns, "module:Class": its methods are tools; "rl.environments:GuessNumber" is one', None
+    )
+    environment_options: dict[str, Any] = field(
+        default_factory=dict, metadata=about("arguments of the environment's constructor")
+    )
+    max_turns: int = key("with tools: times the policy speaks, at most; the last turn's call is not made", 4, least=2)
+    tool_timeout_s: float = key(
+        "with tools: seconds a call may take; one that hangs costs its sample only", 5.0, above=0
     )
     samples: int | None = key(
         "dpo, kto, orpo, cpo, reward and `pairs`: completions sampled to each question to find a right and a wrong "

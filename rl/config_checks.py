@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rl import config_builds, config_ppo, config_preferences, trl_fields
+from rl import config_builds, config_ppo, config_preferences, config_tools, trl_fields
 from rl.algorithms import GROUPED, ONLINE, PREFERENCES, defaults
 from rl.config_read import Source
 from rl.errors import UserError
@@ -45,6 +45,7 @@ def check(config: Config, source: Source) -> None:
     _check_model(config, source)
     _check_data(config, source)
     _check_rollout(config, source)
+    config_tools.check(config, source)
     _check_rewards(config, source)
     _check_trainer(config, source)
     if config.trainer.algorithm in ONLINE:

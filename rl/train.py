@@ -13,7 +13,7 @@ from rl import config as configs
 from rl import files, record, report, run
 from rl.config import Config
 from rl.display import Display, Sample
-from rl.errors import RunFailed
+from rl.errors import RunFailed, UserError
 from rl.rewards import Score
 
 ROOT = Path()  # commands run in the repository's root; relative paths keep result folders movable
@@ -76,6 +76,7 @@ def train_run(
     display.done = 0  # a run that another builds on has stages of its own
     display.stage(f"{name}: data and base model")
     from rl import data, device, models, start
+    from rl.tools import toolbox as tools
 
     dataset = data.build(config, made.get("data.from"))
     display.note(f"{len(dataset.train)} training and {len(dataset.heldout)} held-out rows from {dataset.source}")
@@ -84,7 +85,12 @@ def train_run(
     begin = start.find(config, ROOT, made.get("model.from"))
     served = start.reward_models(config, ROOT)
     tokenizer = models.load_tokenizer(begin.base)
-    check_prompts(config, dataset, tokenizer, begin)
+    toolbox = tools.build(config)
+    if toolbox is not None:
+        from rl.algorithms import tool_turns
+
+        tool_turns.prepare(tokenizer, toolbox, str(config.path))
+    check_prompts(config, dataset, tokenizer, begin, toolbox)
     fresh = record.new(
         ROOT,
         name=name,
@@ -113,7 +119,7 @@ def train_run(
         return name
     with run.recording(opened):
         folders = made | {role: base.path for role, base in served.items()}
-        _work(config, opened, dataset, where, begin, tokenizer, display, folders)
+        _work(config, opened, dataset, where, begin, tokenizer, display, folders, toolbox)
     return name
 
 
@@ -139,16 +145,23 @@ def _outdated(name: str, fresh: record.Record) -> list[str]:
     return next((changed for old in made if (changed := record.differences(old, fresh))), [])
 
 
-def check_prompts(config: Config, dataset: Any, tokenizer: Any, begin: Any) -> None:
+def check_prompts(config: Config, dataset: Any, tokenizer: Any, begin: Any, toolbox: Any = None) -> None:
     """Every prompt fits the context with room for its completion; chat prompts find a template."""
     from rl import data, models
 
+    text = next((row for row in (*dataset.train, *dataset.heldout) if isinstance(row["prompt"], str)), None)
+    if toolbox is not None and text is not None:
+        raise UserError(
+            f"{config.path}: [rollout] tools: row '{text['id']}' has a text as its prompt, valid: chat messages "
+            "([data] form = 'chat', or lists of messages in the file), since calls and results are turns"
+        )
     if config.data.form == "chat" or isinstance(dataset.heldout[0]["prompt"], list):
         models.require_chat_template(tokenizer, str(config.path))
     context = json.loads((begin.base.path / "config.json").read_text()).get("max_position_embeddings")
     if context:
         limit = context - config.rollout.max_completion_length
-        data.check_lengths([*dataset.train, *dataset.heldout], tokenizer, limit, str(config.path))
+        described = None if toolbox is None else toolbox.callables()
+        data.check_lengths([*dataset.train, *dataset.heldout], tokenizer, limit, str(config.path), described)
 
 
 def _work(
@@ -160,6 +173,7 @@ def _work(
     tokenizer: Any,
     display: Display,
     made: Mapping[str, Path],
+    toolbox: Any = None,
 ) -> None:
     """From a loaded base to a finished run folder; `made` are the folders of what the run builds on, by role."""
     from rl import finish, measure, pairs, rewards, start
@@ -190,6 +204,8 @@ def _work(
                 grade,
                 config.rollout.max_completion_length,
                 lambda more: bar.update(bar.step + more),
+                toolbox,
+                policy.config.max_position_embeddings,
             )
 
     display.stage(f"before: {len(dataset.heldout)} held-out questions, greedy")
@@ -208,6 +224,7 @@ def _work(
         rewards=functions,
         sampler=sampler if config.rollout.engine == "mlx" else None,
         stop_ids=stop_ids,
+        toolbox=toolbox,
         resume=opened.checkpoint.path if opened.checkpoint else None,
         fresh_adapter=config.model.lora is not None and begin.adapter is None,
         reference=start.load_reference(config, ROOT, made.get("model.reference"), tokenizer, where),
@@ -245,6 +262,7 @@ def _fit(config: Config, opened: run.OpenRun, job: Any, functions: Sequence[Any]
     """Train to the end; raises RunFailed where the run had to stop, KeyboardInterrupt where it was interrupted."""
     outcome = _train(config, opened, job, display)
     _note_rewards(functions, display)
+    _note_tools(job.toolbox, display)
     if outcome.failure:
         kept = run.last_checkpoint(opened.folder)
         raise RunFailed(
@@ -306,6 +324,15 @@ def _note_rewards(functions: Sequence[Any], display: Display) -> None:
             )
 
 
+def _note_tools(toolbox: Any, display: Display) -> None:
+    if toolbox is not None and toolbox.runner.stats.errors:
+        stats = toolbox.runner.stats
+        display.warn(
+            f"{stats.errors} of {stats.calls} tool calls failed, {stats.timeouts} of them by time, and cost their "
+            f"samples only; the first: {stats.first_error}"
+        )
+
+
 def _remember(path: Path, measurement: Any) -> None:
     scores = [asdict(score) for score in measurement.scores]
     files.write_json(path, {"scores": scores, "completions": measurement.completions})
@@ -329,6 +356,7 @@ def _shown(argv: Sequence[str]) -> list[str]:
 def quiet() -> None:
     """Keep the libraries' own bars and hints off the terminal: the run's display shows what matters."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")  # it warns of environments at every start
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # TRL's trainers report to the hub from a thread
     import warnings
 

@@ -104,6 +104,7 @@ HOMES = {
     "top_k": "it belongs in [rollout] top_k",
     "min_p": "it belongs in [rollout] min_p",
     "max_completion_length": "it belongs in [rollout] max_completion_length",
+    "max_tool_calling_iterations": "it belongs in [rollout] max_turns, which is one more",
     "vllm_importance_sampling_correction": "it belongs in [rollout] correction",
     "vllm_importance_sampling_mode": "it belongs in [rollout] correction",
     "vllm_importance_sampling_cap": "it belongs in [rollout] correction_cap",

@@ -67,6 +67,8 @@ def make_job(
 def make_trainer(job: base.Job, trainer_class: Any, config_class: Any) -> Any:
     """The trainer of `job`, in training mode, not started."""
     args = base.arguments(job, set(config_class.__dataclass_fields__)) | online.sampling_arguments(job)
+    if job.toolbox is not None:
+        args["max_tool_calling_iterations"] = job.config.rollout.max_turns - 1
     trainer = trainer_class(
         job,
         Guard(lambda text: None),
@@ -76,6 +78,7 @@ def make_trainer(job: base.Job, trainer_class: Any, config_class: Any) -> Any:
         args=config_class(**args),
         train_dataset=datasets.Dataset.from_list(job.train),
         processing_class=job.tokenizer,
+        **online._tools(job),
     )
     trainer.current_gradient_accumulation_steps = 1
     trainer.model.train()

@@ -45,6 +45,7 @@ class Job:
     stop_ids: list[int] = field(default_factory=list)
     resume: Path | None = None
     fresh_adapter: bool = False  # without its adapter the policy is what training started from
+    toolbox: Any = None  # rl.tools.toolbox.Toolbox of a run whose policy calls tools
     reference: Any = None  # the frozen policy of [model] reference; None where the start is the reference
     tokens: dict[str, int] = field(default_factory=lambda: {"prompt": 0, "completion": 0})
     hooks: Hooks = field(default_factory=Hooks)

@@ -10,6 +10,7 @@ import torch
 from trl.trainer.utils import pad
 
 from rl.algorithms.grpo import DuetGRPOTrainer
+from rl.algorithms.tool_turns import loss_mask
 
 # further rollouts a step; uniform groups that are left after them stay in the batch
 ROUNDS = 3
@@ -46,7 +47,7 @@ def join(parts: list[dict[str, torch.Tensor]], pad_token: int) -> dict[str, torc
         rows = [row for part in parts for row in part[name]]
         side = "left" if name.startswith("prompt") else "right"
         joined[name] = pad(rows, padding_value=pad_token if name.endswith("_ids") else 0, padding_side=side)
-    joined["num_items_in_batch"] = joined["completion_mask"].sum()
+    joined["num_items_in_batch"] = loss_mask(joined).sum()
     return joined
 
 

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 
 from rl.algorithms.grpo import DuetGRPOTrainer
+from rl.algorithms.tool_turns import loss_mask
 
 # least standard deviation: rewards that are all alike differ by rounding
 LEAST_STD = 1e-4
@@ -41,7 +42,7 @@ class GlobalTrainer(DuetGRPOTrainer):
         batch = super()._score(inputs)
         weighted = self.rewards_B_F * self.reward_weights.to(self.rewards_B_F)
         rewards = weighted.nansum(1).masked_fill(torch.isnan(weighted).all(1), torch.nan)
-        mask = batch["completion_mask"]
+        mask = loss_mask(batch)
         kl = None
         if self.beta:
             kl = (self._old_logps(batch) - batch["ref_per_token_logps"]) * mask

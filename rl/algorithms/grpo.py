@@ -14,11 +14,11 @@ from dataclasses import fields
 
 from trl import GRPOConfig, GRPOTrainer
 
-from rl.algorithms import online
+from rl.algorithms import online, tool_turns
 from rl.algorithms.base import Job, Outcome, arguments
 
 
-class DuetGRPOTrainer(online.Online, GRPOTrainer):
+class DuetGRPOTrainer(tool_turns.Turns, online.Online, GRPOTrainer):
     """TRL's trainer with the MLX sampler, a resumable order of prompts and a forward without repeated work."""
 
 
@@ -32,4 +32,6 @@ def train(job: Job, trainer_class: type[DuetGRPOTrainer] = DuetGRPOTrainer) -> O
             "vllm_importance_sampling_mode": rollout.correction,
             "vllm_importance_sampling_clip_max": rollout.correction_cap,
         }
+    if job.toolbox is not None:
+        args["max_tool_calling_iterations"] = rollout.max_turns - 1
     return online.run(job, GRPOConfig(**args), trainer_class)

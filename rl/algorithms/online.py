@@ -17,6 +17,7 @@ from rl.algorithms.guard import Guard
 from rl.algorithms.learner import Forward, forward, row_keys, score_completions_only, share
 from rl.algorithms.mismatch import Alarm, measure
 from rl.algorithms.seam import EpochSampler, MLXGeneration
+from rl.algorithms.tool_turns import loss_mask
 from rl.rollouts.result import Sampling
 
 # sequences a step whose KL to the start is measured when the loss has no KL term of its own
@@ -25,6 +26,8 @@ KL_ROWS = 4
 
 class Online:
     """Mixed in before TRL's trainer: `class DuetX(Online, XTrainer)`."""
+
+    turn = 0  # of an episode with tools (rl.algorithms.tool_turns)
 
     def __init__(self, job: Job, guard: Guard, timer: Timer, **kwargs: Any):
         super().__init__(**kwargs)
@@ -50,7 +53,7 @@ class Online:
             sampling=Sampling(rollout.temperature, rollout.top_p, rollout.top_k, rollout.min_p),
             max_tokens=rollout.max_completion_length,
             seed=job.config.run.seed,
-            step=lambda: self.state.global_step + (self.sampling_round << 32),
+            step=lambda: self.state.global_step + (self.sampling_round << 32) + (self.turn << 40),
         )
 
     def _get_train_sampler(self, dataset: Any = None) -> EpochSampler:
@@ -95,13 +98,13 @@ class Online:
         """Effective sample size of the tokens' untruncated weights, (sum w)^2 / (n sum w^2): 1 when on-policy; and what
         the correction leaves of the gradient, with its alarm."""
         difference = batch["old_per_token_logps"] - batch["sampling_per_token_logps"]
-        weights = difference[batch["completion_mask"].bool()].exp()  # MPS has no float64
+        mask = loss_mask(batch)
+        weights = difference[mask.bool()].exp()  # MPS has no float64
         weights = weights[torch.isfinite(weights)]
         if len(weights):
             ess = weights.sum() ** 2 / (len(weights) * (weights**2).sum())
             self._metrics["train"]["sampling/ess"].append(ess.item())
-        rollout, mask = self.job.config.rollout, batch["completion_mask"]
-        applied = batch["importance_sampling_ratio"]
+        rollout, applied = self.job.config.rollout, batch["importance_sampling_ratio"]
         found = measure(difference, mask, applied, rollout.correction, rollout.correction_cap)
         if found is not None:
             for name, value in found.metrics().items():
@@ -200,8 +203,9 @@ class Online:
         ):
             reference, _ = self._forward(self.model, ids, mask, columns, None)
         difference = reference - batch["old_per_token_logps"][rows]
-        k3 = (difference.exp() - difference - 1) * batch["completion_mask"][rows]
-        self._metrics["train"]["kl"].append((k3.sum() / batch["completion_mask"][rows].sum().clamp(min=1)).item())
+        sampled = loss_mask(batch)[rows]
+        k3 = (difference.exp() - difference - 1) * sampled
+        self._metrics["train"]["kl"].append((k3.sum() / sampled.sum().clamp(min=1)).item())
 
 
 def sampling_arguments(job: Job) -> dict[str, Any]:
@@ -233,10 +237,22 @@ def run(job: Job, settings: Any, trainer_class: Callable[..., Any]) -> Outcome:
         train_dataset=datasets.Dataset.from_list(job.train),
         processing_class=job.tokenizer,
         callbacks=[guard, recorder],
+        **_tools(job),
     )
     recorder.alike = lambda: len({tuple(c) for c in trainer.completions}) == 1
-    recorder.extra = lambda: timer.take() | _sampler_metrics(job)
+    recorder.extra = lambda: timer.take() | _sampler_metrics(job) | _tool_metrics(job)
     return run_trainer(job, trainer, guard, recorder)
+
+
+def _tools(job: Job) -> dict[str, Any]:
+    """The job's tools as TRL takes them; nothing for a trainer that has none."""
+    if job.toolbox is None:
+        return {}
+    return {"tools": job.toolbox.functions or None, "environment_factory": job.toolbox.seat}
+
+
+def _tool_metrics(job: Job) -> dict[str, float]:
+    return {} if job.toolbox is None else job.toolbox.runner.take()
 
 
 def _sampler_metrics(job: Job) -> dict[str, float]:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rl.data import arithmetic, gym, tables
+from rl.data import arithmetic, environments, gym, tables
 from rl.errors import UserError
 from rl.files import sha256_json, write_text
 
@@ -54,6 +54,7 @@ def build(config: "Config", sampled: Path | None = None) -> Dataset:
         "reasoning-gym": gym.rows,
         "jsonl": tables.jsonl_rows,
         "hub": tables.hub_rows,
+        "environment": environments.rows,
     }
     train, heldout = readers[data.source](config)
     if sampled is not None:
@@ -71,9 +72,11 @@ def export(dataset: Dataset, folder: Path) -> tuple[Path, Path]:
     return paths
 
 
-def check_lengths(rows: Sequence[Row], tokenizer: Any, limit: int, source: str) -> None:
-    """Raise UserError for the longest prompt over `limit` tokens (chat template included), naming the row."""
-    longest, tokens = max(((row, _tokens(row, tokenizer, source)) for row in rows), key=lambda x: x[1])
+def check_lengths(
+    rows: Sequence[Row], tokenizer: Any, limit: int, source: str, tools: Sequence[Any] | None = None
+) -> None:
+    """Raise UserError for the longest prompt over `limit` tokens (chat template and `tools` included), by its row."""
+    longest, tokens = max(((row, _tokens(row, tokenizer, source, tools)) for row in rows), key=lambda x: x[1])
     if tokens > limit:
         raise UserError(
             f"{source}: row '{longest['id']}' has a prompt of {tokens} tokens, and {limit} fit (context less new "
@@ -81,7 +84,7 @@ def check_lengths(rows: Sequence[Row], tokenizer: Any, limit: int, source: str) 
         )
 
 
-def _tokens(row: Row, tokenizer: Any, source: str) -> int:
+def _tokens(row: Row, tokenizer: Any, source: str, tools: Sequence[Any] | None) -> int:
     prompt = row["prompt"]
     if isinstance(prompt, str):
         return len(tokenizer(prompt)["input_ids"])
@@ -90,4 +93,5 @@ def _tokens(row: Row, tokenizer: Any, source: str) -> int:
             f"{source}: row '{row['id']}' is a chat prompt, and the model's tokenizer has no chat template: "
             "use [data] form = 'plain', or a model with one"
         )
-    return len(tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=False))
+    said = tokenizer.apply_chat_template(prompt, tools=tools, add_generation_prompt=True, return_dict=False)
+    return len(said)

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 Pair = tuple[int, int]
 SHOTS: tuple[Pair, ...] = ((1, 2), (5, 4), (8, 3), (2, 6), (7, 1), (3, 9), (6, 0), (9, 8))
+CALCULATOR = "rl.tools:calculator"  # with this tool the shots show how it is called
 MOST = 4_000_000  # all problems are listed, in memory
 _OPERATIONS = {"+": operator.add, "-": operator.sub, "*": operator.mul}
 
@@ -57,14 +58,28 @@ def rows(config: "Config") -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     heldout = heldout[:size]
     rng.shuffle(heldout)
     rng.shuffle(train)
-    return [_row(pair, data, shots) for pair in train[: data.train_size]], [_row(p, data, shots) for p in heldout]
+    calls = data.form == "chat" and CALCULATOR in config.rollout.tools
+    return [_row(p, data, shots, calls) for p in train[: data.train_size]], [
+        _row(p, data, shots, calls) for p in heldout
+    ]
 
 
 def _unordered(pair: Pair) -> Pair:
     return min(pair), max(pair)
 
 
-def _row(pair: Pair, data: "Data", shots: tuple[Pair, ...]) -> dict[str, Any]:
+def _called(expression: str, question: str, value: str) -> list[dict[str, Any]]:
+    """A worked example that asks the calculator, as chat messages."""
+    call = {"type": "function", "function": {"name": "calculator", "arguments": {"expression": expression}}}
+    return [
+        {"role": "user", "content": question},
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+        {"role": "tool", "name": "calculator", "content": value},
+        *says(value),
+    ]
+
+
+def _row(pair: Pair, data: "Data", shots: tuple[Pair, ...], calls: bool = False) -> dict[str, Any]:
     op = data.operation
 
     def asked(a: int, b: int) -> str:
@@ -82,7 +97,11 @@ def _row(pair: Pair, data: "Data", shots: tuple[Pair, ...]) -> dict[str, Any]:
         def reply(a: int, b: int) -> str:
             return render(value(a, b), how).strip()
 
-        prompt = chat(asked(*pair), [(asked(*shot), reply(*shot)) for shot in shots], data.system)
+        if calls:
+            examples = [m for shot in shots for m in _called(f"{shot[0]} {op} {shot[1]}", asked(*shot), value(*shot))]
+            prompt = [*prompt[:-1], *examples, prompt[-1]]
+        else:
+            prompt = chat(asked(*pair), [(asked(*shot), reply(*shot)) for shot in shots], data.system)
         completion = says(reply(*pair))
     else:
         prompt = "".join(f"{asked(*shot)} {value(*shot)}\n" for shot in shots) + asked(*pair)

@@ -36,8 +36,14 @@ class Score:
 
 
 def text_of(completion: str | list[dict[str, Any]]) -> str:
-    """The text of a completion, plain or as chat messages (TRL hands over either)."""
-    return completion if isinstance(completion, str) else "".join(message["content"] or "" for message in completion)
+    """The text of a completion, plain or as chat messages (TRL hands over either).
+
+    Of an episode with tools only what the policy says after the last result: a result is no answer of its own.
+    """
+    if isinstance(completion, str):
+        return completion
+    results = [i for i, message in enumerate(completion) if message.get("role") == "tool"]
+    return "".join(message["content"] or "" for message in completion[results[-1] + 1 if results else 0 :])
 
 
 def default_extract(prompt: str | list[dict[str, Any]]) -> Extract:

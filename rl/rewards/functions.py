@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 BatchReward = Callable[..., Iterable[float | None]]
 SampleReward = Callable[[Any, dict[str, Any]], float]  # (completion, row) -> reward
-VERIFYING = ("exact", "reasoning-gym", "math-verify")  # the rewards that say what a right answer is
+VERIFYING = ("exact", "reasoning-gym", "math-verify", "environment")  # the rewards that say what a right answer is
 
 
 @dataclass
@@ -137,10 +137,19 @@ def grader(rewards: "tuple[Reward, ...]") -> Callable[[Any, Mapping[str, Any]], 
     reward = next((r for r in rewards if r.name in VERIFYING), None)
     if reward is None:
         return grade
+    if reward.name == "environment":
+        return _environment_score
     if reward.name == "math-verify":
         return partial(grade, reward_options=reward.options, scorer=equivalent, any_form=True)
     scorer = _gym_scorer("[[reward]] reasoning-gym") if reward.name == "reasoning-gym" else None
     return partial(grade, reward_options=reward.options, scorer=scorer)
+
+
+def _environment_score(_completion: Any, row: Mapping[str, Any]) -> Score:
+    """An episode is solved at a reward of 1 or more (strict); above 0 it is half solved (lenient)."""
+    earned, problem = _number(row.get("environment_reward"))
+    value = earned if earned is not None and problem is None else 0.0
+    return Score(strict=value >= 1.0, lenient=value > 0.0, wellformed=earned is not None)
 
 
 # --- the named rewards: options -> batch function
@@ -179,6 +188,15 @@ def _json(options: Mapping[str, Any], where: str) -> BatchReward:
 
 def _model(options: Mapping[str, Any], where: str) -> BatchReward:
     return LearnedReward(where, **{name: value for name, value in options.items() if name != "model"})
+
+
+def _environment(options: Mapping[str, Any], _: str) -> BatchReward:
+    """The environment's own reward; None for an episode that a hanging call has cost."""
+
+    def reward(environments: Sequence[Any], **_: Any) -> list[float | None]:
+        return [environment._reward() for environment in environments]
+
+    return reward
 
 
 def _format(options: Mapping[str, Any], _: str) -> BatchReward:
@@ -282,6 +300,7 @@ _NAMED = {
     "math-verify": Named(_math, _ANSWER),
     "json": Named(_json, _SCHEMA),
     "model": Named(_model, _LEARNED),
+    "environment": Named(_environment, {}),
     "format": Named(_format, _ANSWER),
     "regex": Named(_regex, _PATTERN),
     "length": Named(_length, _TOKENS),
