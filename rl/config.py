@@ -44,6 +44,11 @@ class Quantization:
 
     bits: Literal[4, 8] = key("bits per weight")
     group_size: Literal[32, 64, 128] = key("weights that share a scale and a bias", 64)
+    hold: Literal["packed", "values"] | None = key(
+        "what the trainer keeps of the base: packed = its codes, dequantized a layer at a time; values = all of it in "
+        "float32; unset = packed on a GPU, values on a CPU, where a step would take longer",
+        None,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

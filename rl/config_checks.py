@@ -82,6 +82,10 @@ def _check_model(config: Config, source: Source) -> None:
         raise source.error(("model", "tiny"), f"only for base = 'tiny', found {_named(model.base, model.from_)}")
     if model.quantization is not None and model.lora is None:
         raise source.error(("model", "quantization"), "a quantized base cannot be trained itself: add [model.lora]")
+    own = config.trainer.algorithm == "reward" or config.rollout.precision not in (None, "shared")
+    if model.quantization is not None and model.quantization.hold == "packed" and own:
+        found = "found 'packed', valid for a reward model and without precision = 'shared': values"
+        raise source.error(("model", "quantization", "hold"), found)
     if model.base is not None and _is_bitsandbytes(model.base):
         made = "valid: the model it was made of, with [model.quantization] bits = 4 and [model.lora]: MLX quantizes it"
         raise source.error(("model", "base"), f"found '{model.base}', packed by bitsandbytes, which has no MPS; {made}")

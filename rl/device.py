@@ -16,6 +16,8 @@ from rl.errors import UserError
 if TYPE_CHECKING:
     import torch
 
+    from rl.config import Config
+
 GIB = 1024**3
 BUCKET = 32  # tokens: on MPS lengths are padded to multiples of it
 MPS_SHARE = 0.8  # of the memory Metal recommends: beyond it macOS swaps and MLX, in the same memory, starves
@@ -107,6 +109,19 @@ def bucket(length: int, multiple: int = BUCKET) -> int:
 def padded(length: int, device: "torch.device") -> int:
     """The width at which `length` tokens are computed: a bucket on MPS, which keeps a graph of every shape."""
     return bucket(length) if device.type == "mps" else length
+
+
+def holds_codes(config: "Config", device: "torch.device | str") -> bool:
+    """Whether the trainer of `config` holds its quantized base as codes (rl/packed.py), not as float32 values.
+
+    A CPU dequantizes too slowly to do it in every pass, and what it holds is shared with the sampler. Reward models and
+    samplers with weights of their own need the values.
+    """
+    quantization = config.model.quantization
+    if quantization is None or config.rollout.precision != "shared" or config.trainer.algorithm == "reward":
+        return False
+    kind = str(device).split(":")[0]
+    return (quantization.hold or ("values" if kind == "cpu" else "packed")) == "packed"
 
 
 def trainer_defaults(device: "torch.device | str") -> dict[str, Any]:

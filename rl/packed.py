@@ -5,8 +5,8 @@ that layer computes, once in forward and once more in backward, and adapters tra
 arXiv 2305.14314, section 3, with MLX's affine format instead of NF4). Values are those of `mx.dequantize`:
 w = scale * code + bias, one scale and one bias for each group of codes in a row.
 
-A head tied to the embedding shares its codes. TRL's fused head reads `lm_head.weight`, so the head's values exist as
-long as its own backward needs them.
+A head tied to the embedding shares its codes. TRL's fused head slices `lm_head.weight` in tiles of the vocabulary, and
+only the tile that it is at is dequantized (`Lazy`).
 """
 
 import json
@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_map_only
 
 from rl.errors import UserError
 
@@ -65,6 +66,44 @@ def dequantize(weight: Packed, dtype: torch.dtype, rows: torch.Tensor | None = N
     return values.view(scales.shape[0], -1).to(dtype)
 
 
+class Lazy(torch.Tensor):
+    """A matrix's values where a tensor is asked for: type, shape and device are told at no cost, rows sliced off are
+    dequantized alone, and any other operator gets all values. Writing to it raises RuntimeError: no code would change.
+    """
+
+    held: Packed
+
+    @staticmethod
+    def __new__(cls, weight: Packed, dtype: torch.dtype) -> "Lazy":
+        made = torch.Tensor._make_wrapper_subclass(cls, weight.shape, dtype=dtype, device=weight.codes.device)
+        made.held = weight
+        return made
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Dequantize what the operator needs."""
+        first = args[0] if args else None
+        if isinstance(first, Lazy):
+            if func in (torch.ops.aten.detach.default, torch.ops.aten.alias.default):
+                return Lazy(first.held, first.dtype)
+            if func is torch.ops.aten.slice.Tensor and (len(args) < 2 or args[1] == 0):
+                rows = slice(*args[2:5])
+                held = first.held
+                part = Packed(held.codes[rows], held.scales[rows], held.biases[rows], held.bits)
+                return dequantize(part, first.dtype)
+            told = func._schema.arguments[0].alias_info
+            if told is not None and told.is_write:
+                raise RuntimeError(
+                    "a packed weight cannot be written to: load the dequantized base to change its values"
+                )
+        args, kwargs = tree_map_only(Lazy, lambda lazy: dequantize(lazy.held, lazy.dtype), (args, kwargs or {}))
+        return func(*args, **kwargs)
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:
+        """Shape and width, not the values."""
+        return f"Lazy({tuple(self.shape)}, {self.held.bits} bits)"
+
+
 class _Product(torch.autograd.Function):
     """x W', with W dequantized in forward and again in backward: between the two only its codes are held."""
 
@@ -96,8 +135,8 @@ class _Holds(nn.Module):
 
     @property
     def weight(self) -> torch.Tensor:
-        """The values, made anew at each access: for PEFT, which asks for its type, and for TRL's fused head."""
-        return dequantize(self.held, self.dtype)
+        """The values, made where they are used: for PEFT, which asks for their type, and for TRL's fused head."""
+        return Lazy(self.held, self.dtype)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         # `.to(dtype)` means the activations' type: scales keep their own, or the values would change

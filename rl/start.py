@@ -70,13 +70,21 @@ def _from_adapter(config: "Config", root: Path, parent: Path) -> Start:
 
 
 def load_policy(config: "Config", start: Start, device: "torch.device") -> Any:
-    """The policy on `device`, with its adapter when the config has one; weights drawn from the run's seed."""
+    """The policy on `device`, with its adapter when the config has one; weights drawn from the run's seed.
+
+    A quantized base is held as codes or as values (`rl.device.holds_codes`): the same policy.
+    """
     import torch
 
-    from rl.device import dtype_for
+    from rl.device import dtype_for, holds_codes
 
     torch.manual_seed(config.run.seed)
-    model = models.load_policy(start.base, dtype_for(device), device)
+    if holds_codes(config, device):
+        from rl import packed
+
+        model = packed.load_policy(start.base.path, dtype_for(device), device)
+    else:
+        model = models.load_policy(start.base, dtype_for(device), device)
     if start.adapter is not None:
         from peft import PeftModel
 

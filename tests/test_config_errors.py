@@ -233,6 +233,14 @@ def test_shared_quantized_base_in_bfloat16_is_refused_for_its_0_40_logprob_gap(t
     assert load(write(tmp_path), [*lora, "rollout.dtype=float16"]).rollout.dtype == "float16"
 
 
+def test_codes_are_held_only_where_the_base_is_shared(tmp_path: Path) -> None:
+    """Other precisions send merged weights, and a reward model is no causal language model."""
+    lora = ("model.lora.rank=8", "model.quantization.bits=4", "model.quantization.hold=packed")
+    assert load(write(tmp_path), lora).model.quantization.hold == "packed"
+    line = error_of(tmp_path, GRPO, *lora, "rollout.precision=full")
+    assert line.startswith("--set: [model.quantization] hold: found 'packed', valid for a reward model")
+
+
 def test_vespo_with_sequence_correction_is_refused_as_trl_would_if_the_seam_did_not_skip_it(tmp_path: Path) -> None:
     line = error_of(tmp_path, GRPO, "trainer.loss_type=vespo", "rollout.correction=sequence_mask")
     assert "valid: none, token_truncate, token_mask" in line

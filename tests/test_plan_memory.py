@@ -131,18 +131,39 @@ def test_numbers_taken_from_elsewhere_are_still_those() -> None:
     assert (memory.RING_STEP, machine.MLX_CACHE) == (cache.RING_STEP, device.CACHE_BYTES)
 
 
-def test_the_trainer_s_base_is_held_as_the_plan_says(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("hold", "codes"), [(None, False), ("values", False), ("packed", True)])
+def test_the_trainer_s_base_is_held_as_the_plan_says(tmp_path: Path, hold: str | None, codes: bool) -> None:
     """Whether a quantized base is dequantized for torch decides what an 8B model needs."""
     import torch
 
-    from rl import start
+    from rl import device, start
     from rl.packed import PackedLinear
 
     more = ["model.tiny.hidden=64", "model.tiny.layers=1", "model.lora.rank=2", "model.quantization.bits=4"]
-    config = configs.load(config_file(tmp_path), more)
+    config = configs.load(config_file(tmp_path), more + ([f"model.quantization.hold={hold}"] if hold else []))
     policy = start.load_policy(config, start.find(config, tmp_path, None), torch.device("cpu"))
-    packed = any(isinstance(module, PackedLinear) for module in policy.modules())
-    assert packed == memory.TRAINER_HOLDS_CODES
+    assert any(isinstance(module, PackedLinear) for module in policy.modules()) == codes
+    work = workload.of(config)
+    for kind in ("cpu", "cuda", "mps"):
+        assert (
+            memory.holds_codes(work, kind)
+            == device.holds_codes(config, kind)
+            == (codes or (not hold and kind != "cpu"))
+        )
+    big, values = architecture.known("Qwen/Qwen3-8B"), replace(work, hold="values")
+    saved = memory.predict(big, values, "mps").torch - memory.predict(big, work, "mps").torch
+    assert saved == 0 if hold == "values" else saved > 20e9
+
+
+def test_prompts_read_once_are_counted_once(tmp_path: Path) -> None:
+    """8 prompts of 100 tokens, 4 completions of 10 each: 800 + 320 tokens, not 32 x 110."""
+    work = replace(
+        workload.of(configs.load(config_file(tmp_path))),
+        **{"rows": 32, "rollout_rows": 32, "prompts": 8, "prompt": 100, "prefix": 0, "completion": 10, "length": 110},
+    )
+    assert memory._tokens(work) == 800 + 320
+    assert memory._tokens(replace(work, prefix=90)) == 90 + 80 + 320
+    assert memory._tokens(replace(work, prompts=0)) == memory._tokens(replace(work, checkpointing=True)) == 3520
 
 
 # --- measuring

@@ -30,8 +30,6 @@ MARGIN = 0.05
 HELD = ("trainer weights", "adapter", "reference copy", "value model", "reward models", "optimizer states", "gradients")
 HELD += ("sampler weights",)
 DEQUANTIZING = 9  # bytes a weight of rl.packed.dequantize at its fullest: codes, the same as float32, values
-# rl.start dequantizes a quantized base into float32 for the trainer
-TRAINER_HOLDS_CODES = False
 
 
 @dataclass(frozen=True)
@@ -66,6 +64,11 @@ def predict(shape: Architecture, work: Workload, device: Device) -> Prediction:
     return Prediction(moments[moment], sampler, moment)
 
 
+def holds_codes(work: Workload, device: Device) -> bool:
+    """Whether the trainer holds a quantized base as codes: as `rl.device.holds_codes`."""
+    return work.bits > 0 and (work.hold == "packed" or (work.hold == "device" and device != "cpu"))
+
+
 def codes_bytes(shape: Architecture, bits: int, group: int) -> float:
     """Bytes of all matrices as packed codes, each group with a float32 scale and bias."""
     return (shape.matrix + shape.embedding + shape.head) * (bits / 8 + 2 * FLOAT / group)
@@ -82,7 +85,7 @@ def _trainer(shape: Architecture, work: Workload, device: Device) -> dict[str, P
     """What torch holds at each moment that may be its fullest."""
     whole = work.lora_rank == 0
     base: float = shape.parameters * FLOAT
-    if work.bits and TRAINER_HOLDS_CODES:
+    if holds_codes(work, device):
         base = codes_bytes(shape, work.bits, work.group) + shape.small * FLOAT
     trained = trained_parameters(shape, work) + (shape.parameters - shape.head if work.critic else 0)
     kept: Parts = {"trainer weights": base}
@@ -144,10 +147,15 @@ def _states(optimizer: str) -> float:
 
 
 def _tokens(work: Workload) -> int:
-    """Tokens of one forward with gradient; the online trainers read what all prompts share once."""
-    once = work.rollout_rows > 0 and not work.checkpointing and work.prefix >= SHORTEST_PREFIX
-    shared = work.prefix if once else 0
-    return shared + work.rows * (work.length - shared)
+    """Tokens of one forward with gradient; the online trainers read once what prompts share, as
+    `rl.algorithms.learner.share` decides it (its price of a pass aside)."""
+    if not work.rollout_rows or work.checkpointing:
+        return work.rows * work.length
+    shared = work.prefix if work.prefix >= SHORTEST_PREFIX else 0
+    together = shared + work.rows * (work.length - shared)
+    if not work.prompts:
+        return together
+    return min(together, shared + work.prompts * (work.prompt - shared) + work.rows * work.completion)
 
 
 def _layer_saved(shape: Architecture, work: Workload, device: Device) -> tuple[float, float]:
@@ -189,6 +197,9 @@ def _activations(shape: Architecture, work: Workload, device: Device) -> float:
     # the final norm, its output, positions (cosine and sine), ids and masks
     per_token += shape.hidden * FLOAT * (3 if whole else 2) + 2 * shape.head_dim * FLOAT + 64
     total = tokens * per_token
+    if work.prompts and not work.checkpointing:  # keys and values of what was read once, again for each row
+        again = max(0, work.rows * work.length - tokens)
+        total += 2 * shape.layers * again * shape.queries * (HALF if work.autocast else FLOAT)
     if work.autocast:  # weights cast once, and kept for the backward
         total += shape.matrix * HALF / (shape.layers if work.checkpointing else 1)
     # below the first adapter there is nothing to keep
@@ -208,7 +219,7 @@ def _layer_backward(shape: Architecture, work: Workload, device: Device) -> floa
         passing = max(passing, 2.0 * work.rows * shape.heads * work.length**2 * FLOAT)
     if work.checkpointing:
         passing += tokens * _layer_saved(shape, work, device)[0]
-    if work.bits and TRAINER_HOLDS_CODES:
+    if holds_codes(work, device):
         passing += DEQUANTIZING * max(a * b for a, b in shape.linears.values())
     return passing
 
@@ -231,8 +242,8 @@ def _head(shape: Architecture, work: Workload, device: Device) -> float:
         tiles += TILES_WITHOUT_TRITON * tokens * width * FLOAT
     hidden = 3 * scored * shape.hidden * FLOAT  # those scored, their gradient, and it among the others
     weights = width * shape.hidden * (FLOAT + HALF) if work.autocast else 0
-    if work.bits and TRAINER_HOLDS_CODES:
-        weights += DEQUANTIZING * shape.embedding
+    if holds_codes(work, device):
+        weights += DEQUANTIZING * width * shape.hidden  # the head's tile
     return tiles + hidden + weights
 
 

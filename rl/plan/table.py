@@ -79,7 +79,9 @@ def standard(method: str, rows: int, decoded: int = 64) -> Workload:
         run=Run(name="memory"),
         model=Model(base="any", lora=lora, quantization=quantization),
         data=Data(source="hub", name="any/any", train_size=1000),
-        rollout=Rollout(max_completion_length=COMPLETION, max_batch=decoded),
+        rollout=Rollout(
+            max_completion_length=COMPLETION, max_batch=decoded, precision="shared" if quantization else "full"
+        ),
         trainer=Trainer(algorithm="grpo", args=defaults("grpo") | args),
     )
     return workload.of(config, prompt=PROMPT)
@@ -97,17 +99,13 @@ def _head() -> list[str]:
 
 def _fits() -> list[str]:
     kept = machine.named("m4-max", "16GB").reserve
-    trainer = (
-        "the codes themselves, a layer's values at a time"
-        if memory.TRAINER_HOLDS_CODES
-        else "a dequantized float32 copy beside the sampler's codes"
-    )
     lines = [
         "## What fits in 16, 32, 64 and 128 GB",
         "",
         f"GRPO on a Mac: 64 completions a step of at most {COMPLETION} tokens to prompts of {PROMPT}, in micro-batches "
         f"of {ROWS} rows, gradient checkpointing, AdamW. Trainer in float32, sampler (MLX) in float16, or at 4 bits in "
-        f"groups of 64; the trainer holds of a quantized base {trainer}. LoRA of rank 16 on all linear modules.",
+        f"groups of 64, of which the trainer holds the codes and a layer's values at a time. LoRA of rank "
+        "16 on all linear modules.",
         "",
         "`GiB` is what it needs, with what the allocators keep for themselves. `yes`: it fits. `small`: it fits in "
         f"micro-batches of one row with 16 completions sampled at once. A run may take {kept}.",

@@ -64,6 +64,9 @@ class Workload:
     learned_rewards: int
     heldout: int
     assumed: str  # how the lengths were found
+    # what records made before these were counted say of themselves: all values, each row with its own prompt
+    hold: str = "values"  # of the quantized base in the trainer: "packed", "values", or "device" for the device's own
+    prompts: int = 0  # distinct ones in one forward with gradient at most; 0 where each row reads its own
 
 
 def of(
@@ -121,7 +124,17 @@ def of(
         learned_rewards=sum(reward.name == "model" for reward in config.rewards),
         heldout=heldout,
         assumed=assumed,
+        hold=_hold(config),
+        prompts=min(batch, -(-rows // group)) if grouped and not _checkpointing(config) else 0,
     )
+
+
+def _hold(config: "Config") -> str:
+    from rl.device import holds_codes
+
+    if not holds_codes(config, "mps"):
+        return "values"
+    return "packed" if holds_codes(config, "cpu") else "device"
 
 
 def _value(config: "Config", name: str, *default: Any) -> Any:
