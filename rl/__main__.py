@@ -115,15 +115,24 @@ def _audit(arguments: argparse.Namespace) -> int | None:
 def _bench(arguments: argparse.Namespace) -> int | None:
     import rl.bench
 
-    return rl.bench.main(
-        arguments.shape or ["tiny"],
-        quick=arguments.quick,
-        repeats=arguments.repeats,
-        dtype=arguments.dtype,
-        parts=arguments.part or tuple(rl.bench.PARTS),
-        budget=arguments.budget,
-        out=arguments.out,
-    )
+    parts = [part for part in arguments.part or rl.bench.PARTS if part != "peers"]
+    if parts:
+        rl.bench.main(
+            arguments.shape or ["tiny"],
+            quick=arguments.quick,
+            repeats=arguments.repeats,
+            dtype=arguments.dtype,
+            parts=parts,
+            budget=arguments.budget,
+            out=arguments.out,
+        )
+    if "peers" in (arguments.part or ()):
+        import rl.bench_peers
+
+        rl.bench_peers.main(
+            peers=arguments.peers_path, budget=arguments.budget, out=arguments.out, quick=arguments.quick
+        )
+    return 0
 
 
 def _clean(arguments: argparse.Namespace) -> int | None:
@@ -214,10 +223,19 @@ def _parser() -> argparse.ArgumentParser:
         "--dtype", choices=("float32", "float16", "bfloat16"), help="of all contestants; float32 on a CPU, else float16"
     )
     bench.add_argument(
-        "--part", action="append", choices=("rollouts", "sync", "step"), help="only this; may be repeated"
+        "--part",
+        action="append",
+        choices=("rollouts", "sync", "step", "peers"),
+        help="only this; may be repeated; peers, other MLX trainers on SmolLM2-135M, only when asked for",
     )
     bench.add_argument(
         "--budget", type=_count, metavar="SECONDS", help="a shape's time; 240 on a GPU, no bound on a CPU if not given"
+    )
+    bench.add_argument(
+        "--peers-path",
+        type=Path,
+        metavar="FOLDER",
+        help="where peers are installed (pip install --target); build/peers",
     )
     bench.add_argument(
         "--out", type=Path, metavar="FOLDER", help="of the table; evals/published (build with --quick) if not given"

@@ -1,0 +1,115 @@
+"""`nox -s bench -- --part peers`: the table on hand-made steps, the job a peer gets, peers that are not there."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rl import __main__ as cli
+from rl import bench_child, bench_peers
+from rl.bench_child import OURS
+from rl.bench_peers import Outcome, Task
+
+ROOT = Path(__file__).resolve().parent.parent
+SUMS = Task("sums", "two steps", Path("x.toml"), [])
+
+
+def rows(*steps: tuple[float, float, int]) -> list[dict[str, float]]:
+    return [{"step": i + 1, "wall_s": w, "reward": r, "tokens": n} for i, (w, r, n) in enumerate(steps)]
+
+
+def cells(text: str, first: str, nth: int = 0) -> list[str]:
+    lines = [line for line in text.splitlines() if line.startswith(f"| {first} |")]
+    return [cell.strip() for cell in lines[nth].strip("|").split("|")]
+
+
+OUTCOMES = [
+    Outcome(OURS, "abc", rows((30, 0.1, 90), (32, 0.2, 100), (36, 0.5, 80)), {"resident": 2 * 10**9, "allocated": 0}),
+    Outcome("mlx-lm-lora", "5.10.2", rows((10, 0.1, 90), (11, 0.3, 100), (12, 0.4, 100), (13, 0.6, 50)), {}),
+    Outcome("mlxrl", "", [], {}, "not installed there"),
+]
+
+
+def test_losses_are_shown_as_plainly_as_wins() -> None:
+    """Ours takes 2 and 4 s a step, the peer 1 s: it is 3 times faster, and the table says 0.33.
+
+    Trap: a first step, in which kernels compile (30 s here), counted as a step.
+    """
+    text = bench_peers.markdown([(SUMS, OUTCOMES)], {"command": "`x`"})
+    assert cells(text, OURS) == [OURS, "abc", "3", "3 (2–4)", "1.00", "35 (20–50)", "2.00", "–"]
+    assert cells(text, "mlx-lm-lora")[2:6] == ["4", "1 (1–1)", "0.33", "100 (50–100)"]
+    assert cells(text, "mlxrl")[2:] == ["0", "–", "–", "–", "–", "–"]
+    assert "- mlxrl: not installed there" in text
+
+
+def test_reward_against_time_ends_where_the_shortest_ends() -> None:
+    """The peer trains for 3 s after its first step: there we have done our first step and the one of 2 s."""
+    text = bench_peers.markdown([(SUMS, OUTCOMES)], {})
+    assert "at 3.0 s" in text
+    assert cells(text, OURS, 1)[-4:] == ["0.100", "0.100", "0.200", "0.200"]
+    assert cells(text, "mlx-lm-lora", 1)[-4:] == ["0.100", "0.300", "0.400", "0.600"]
+    assert cells(text, "mlx-lm-lora", 1)[1:5] == ["0.100", "0.300", "0.400", "0.600"]
+
+
+def test_a_peer_gets_the_rows_and_settings_of_this_projects_run(
+    smollm2: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from rl import config as configs
+    from rl import data, models, start
+
+    monkeypatch.setattr(models, "resolve_base", lambda *_: smollm2)
+    monkeypatch.setattr(start, "find", lambda *_: start.Start(smollm2, "x"))
+    sums, long = bench_peers.tasks(tmp_path, "cpu", ROOT)
+    for task, length, rows_a_step in ((sums, 4, 32), (long, 32, 8)):
+        config = configs.load(task.path, task.overrides)
+        given = bench_peers._work(task, "cuda", ROOT)
+        work = given["work"]
+        assert work["texts"] == [row["prompt"] for row in data.build(config).train]
+        assert [row["prompt"] for row in given["rows"]] == work["texts"]
+        assert work["max_tokens"] == length
+        assert (
+            work["prompts_a_step"] * work["group"] == rows_a_step == config.trainer.args["per_device_train_batch_size"]
+        )
+        assert (work["steps"], work["learning_rate"]) == (config.trainer.args["max_steps"], 2e-4)
+        assert work["model"] == str(smollm2.path / "mlx")  # the codes; on a CPU, where they are slow, the values
+    assert {len(ids) for ids in work["prompts"]} == {256}
+
+
+def test_absent_peers_are_named_and_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked: list[str] = []
+
+    def ours(task: Task, name: str, version: str, *_: Any) -> Outcome:
+        asked.append(name)
+        return OUTCOMES[0]
+
+    monkeypatch.setattr(bench_peers, "contestant", ours)
+    monkeypatch.setattr(bench_peers, "tasks", lambda *_: [SUMS])
+    monkeypatch.setattr(bench_peers, "DISTRIBUTIONS", {"mlx-lm-lora": "no-such-peer", "mlxrl": "no-such-other"})
+    where = ["--peers-path", str(tmp_path / "none"), "--out", str(tmp_path)]
+    assert cli.main(["bench", "--part", "peers", *where]) == 0
+    assert asked == [OURS]
+    (table,) = tmp_path.glob("bench-peers-*.md")
+    text = table.read_text()
+    assert text in capsys.readouterr().out
+    assert "- mlx-lm-lora: not installed there: `python -m pip install --no-deps --target build/peers" in text
+    assert len(json.loads(table.with_suffix(".json").read_text())["results"][0]["outcomes"]) == 3
+
+
+def test_this_projects_rows_come_from_its_own_metrics(tmp_path: Path) -> None:
+    run = tmp_path / "models" / "checkpoints" / "peers-sums"
+    run.mkdir(parents=True)
+    told = {"step": 1, "wall_s": 3.5, "reward": 0.25, "completions/mean_length": 3.75, "loss": 0.0}
+    (run / "metrics.jsonl").write_text(json.dumps(told) + '\n{"step": 2, "wa')
+    (run / "run.json").write_text(json.dumps({"config": {"trainer": {"per_device_train_batch_size": 8}}}))
+    assert bench_peers._rows(tmp_path, OURS) == [{"step": 1, "wall_s": 3.5, "reward": 0.25, "tokens": 30}]
+
+
+def test_the_long_works_reward_differs_within_a_group() -> None:
+    assert bench_child.differing(["", ""], ["ab", "ac"]) == [(97 + 98) % 11, (97 + 99) % 11]
+
+
+def test_an_error_names_no_place() -> None:
+    assert bench_peers._without_places("OSError: '/some/where/x' is gone") == "OSError: is gone"
