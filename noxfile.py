@@ -97,6 +97,12 @@ def bench(session: nox.Session) -> None:
 
 
 @nox.session
+def export(session: nox.Session) -> None:
+    """Write a run as other tools open it, and check it: nox -s export -- tiny-grpo --to mlx"""
+    python(session, "-m", "rl", "export", *session.posargs)
+
+
+@nox.session
 def clean(session: nox.Session) -> None:
     """Remove caches and generated tables, never a run: nox -s clean -- --dry-run"""
     python(session, "-m", "rl", "clean", *session.posargs)

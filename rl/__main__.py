@@ -135,6 +135,20 @@ def _bench(arguments: argparse.Namespace) -> int | None:
     return 0
 
 
+def _export(arguments: argparse.Namespace) -> int | None:
+    from rl.export import command
+
+    asked = command.Asked(arguments.to, arguments.dtype, arguments.quantize)
+    return command.main(
+        arguments.run,
+        asked,
+        arguments.out,
+        repo=arguments.repo,
+        private=arguments.private,
+        dry_run=arguments.dry_run,
+    )
+
+
 def _clean(arguments: argparse.Namespace) -> int | None:
     import rl.clean
 
@@ -240,6 +254,17 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument(
         "--out", type=Path, metavar="FOLDER", help="of the table; evals/published (build with --quick) if not given"
     )
+    export = command("export", _export, "write a finished run as MLX, transformers, GGUF or the hub read it, checked")
+    export.add_argument("run", metavar="RUN", help="a run in models/final")
+    export.add_argument("--to", required=True, choices=("mlx", "safetensors", "gguf", "hub"), help="who is to open it")
+    export.add_argument("--out", type=Path, metavar="DIR", help="folder to make; models/exports/RUN-TO if not given")
+    export.add_argument(
+        "--dtype", choices=("float16", "bfloat16", "float32"), default="float16", help="of the weights; float16"
+    )
+    export.add_argument("--quantize", type=int, choices=(4, 8), help="bits: 4 or 8 for mlx, 8 (Q8_0) for gguf")
+    export.add_argument("--repo", metavar="USER/NAME", help="of --to hub: the model's id there")
+    export.add_argument("--private", action="store_true", help="of --to hub: a private repository, where it is new")
+    export.add_argument("--dry-run", action="store_true", help="of --to hub: write the folder, upload nothing")
     clean = command("clean", _clean, "remove caches and generated tables; runs, finished or not, stay unless --all")
     clean.add_argument("--all", action="store_true", help="also base models, runs and results; data/raw stays")
     clean.add_argument("--dry-run", action="store_true", help="say what would go, remove nothing")

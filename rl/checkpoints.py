@@ -59,25 +59,29 @@ def disk_guard(folder: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if isinstance(error, RunFailed) or not _is_full(error):
+        if isinstance(error, RunFailed) or not is_full(error):
             raise
         path = getattr(error, "filename", None) or folder
-        raise RunFailed(f"{path}: the disk is full ({_free(folder):,} bytes free); {_safe(folder)}") from error
+        raise RunFailed(f"{path}: the disk is full ({free_bytes(folder):,} bytes free); {_safe(folder)}") from error
 
 
 def check_space(folder: Path, needed_bytes: int) -> None:
     """RunFailed when `folder`'s disk has fewer than `needed_bytes` free; call it before saving something large."""
-    if (free := _free(folder)) < needed_bytes:
+    if (free := free_bytes(folder)) < needed_bytes:
         raise RunFailed(f"{folder}: {needed_bytes:,} bytes are needed and {free:,} are free; {_safe(folder)}")
 
 
-def _is_full(error: BaseException | None) -> bool:
-    """Whether the disk was full: Python says ENOSPC, safetensors says it in words, torch.save only loses its place."""
+def is_full(error: BaseException | None) -> bool:
+    """Whether the disk was full: Python says ENOSPC, safetensors and MLX in words, torch.save loses its place."""
     while error is not None:
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             return True
         text = str(error)
-        if "No space left on device" in text or ("inline_container" in text and "unexpected pos" in text):
+        if (
+            "No space left on device" in text
+            or "Unable to write" in text
+            or ("inline_container" in text and "unexpected pos" in text)
+        ):
             return True
         error = error.__cause__ or error.__context__
     return False
@@ -90,7 +94,9 @@ def _safe(folder: Path) -> str:
     return f"{whole[-1].path.name} is whole: free some space, then --resume"
 
 
-def _free(folder: Path) -> int:
+def free_bytes(folder: Path) -> int:
+    """Bytes free on the disk of `folder`, which need not be there yet."""
+    folder = folder.absolute()
     while not folder.exists():
         folder = folder.parent
     return shutil.disk_usage(folder).free

@@ -8,7 +8,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 CACHES = (".pytest_cache", ".ruff_cache", ".hypothesis", ".nox", "build", "evals/tables")
 SOURCES = ("rl", "evals", "tests", "papers")
-MADE = ("models/base", "models/checkpoints", "models/final", "data/processed", "data/splits", "evals/results")
+MADE = ("models/base", "models/checkpoints", "models/final", "models/exports")
+MADE += ("data/processed", "data/splits", "evals/results")
 MB = 1e6
 
 

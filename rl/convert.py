@@ -1,5 +1,6 @@
 """A GGUF file of the Llama family, turned into a Hugging Face folder that holds exactly the file's values.
 
+`rl/export/gguf_file.py` goes the other way with the names, the order of rows and the pre-tokenizers kept here.
 Sources: the GGUF specification (github.com/ggml-org/ggml, docs/gguf.md) for names and metadata; llama.cpp's
 `convert_hf_to_gguf.py` for the order of q and k rows and `llama-vocab.cpp` for the pre-tokenizers. transformers' own
 GGUF loading gives the same weights but takes 20 s for SmolLM2 and splits text differently: for this file's
@@ -34,8 +35,20 @@ LAYER = {
     "ffn_up.weight": "mlp.up_proj.weight",
     "ffn_down.weight": "mlp.down_proj.weight",
 }
-PRE_TOKENIZERS = ("gpt-2", "smollm")  # the ones whose splits are tested
-CONTROL, USER_DEFINED = 3, 4  # GGUF token types kept whole in text
+# what Qwen's layers have beside those, only written
+QWEN_LAYER = {
+    "attn_q.bias": "self_attn.q_proj.bias",
+    "attn_k.bias": "self_attn.k_proj.bias",
+    "attn_v.bias": "self_attn.v_proj.bias",
+    "attn_q_norm.weight": "self_attn.q_norm.weight",
+    "attn_k_norm.weight": "self_attn.k_norm.weight",
+}
+PRE_TOKENIZERS = ("gpt-2", "smollm", "qwen2", "llama-bpe")  # the ones whose splits are tested
+NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5  # GGUF token types; CONTROL and USER_DEFINED are kept whole in text
+# Qwen 2's and Llama 3's rule differ in how many digits make one piece (llama.cpp's llama-vocab.cpp)
+_PIECES = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 
 
 def unpermute[Rows](rows: Rows, heads: int) -> Rows:
@@ -46,6 +59,20 @@ def unpermute[Rows](rows: Rows, heads: int) -> Rows:
     """
     half = rows.shape[0] // heads // 2
     return rows.reshape(heads, half, 2, -1).swapaxes(1, 2).reshape(rows.shape)
+
+
+def permute[Rows](rows: Rows, heads: int) -> Rows:
+    """The inverse of `unpermute`: q and k rows in the order that a GGUF file of a Llama has them."""
+    half = rows.shape[0] // heads // 2
+    return rows.reshape(heads, 2, half, -1).swapaxes(1, 2).reshape(rows.shape)
+
+
+def gguf_name(name: str) -> str | None:
+    """The GGUF name of a Llama's or Qwen's tensor by its transformers name, or None when they have no such tensor."""
+    if name.startswith("model.layers."):
+        _, _, layer, rest = name.split(".", 3)
+        return next((f"blk.{layer}.{own}" for own, hf in (LAYER | QWEN_LAYER).items() if hf == rest), None)
+    return next((own for own, hf in OUTER.items() if hf == name), None)
 
 
 def hf_name(name: str) -> str | None:
@@ -116,13 +143,26 @@ def shape_of(path: Path, metadata: dict[str, Any], tied: bool) -> LlamaShape:
         ) from error
 
 
+def pre_tokenizer(name: str) -> Any:
+    """How a byte-level BPE tokenizer cuts text into pieces, by llama.cpp's name (one of PRE_TOKENIZERS)."""
+    from tokenizers import Regex, pre_tokenizers
+
+    if name in ("qwen2", "llama-bpe"):
+        cut = Regex(_PIECES % ("{1,3}" if name == "llama-bpe" else ""))
+        bytes_only = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        return pre_tokenizers.Sequence([pre_tokenizers.Split(cut, behavior="isolated"), bytes_only])
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    digits = pre_tokenizers.Digits(individual_digits=True)  # numbers are read one digit at a time
+    return pre_tokenizers.Sequence([digits, byte_level]) if name == "smollm" else byte_level
+
+
 def build_tokenizer(path: Path, metadata: dict[str, Any]) -> "Tokenizer":
     """The byte-level BPE tokenizer that a GGUF file describes.
 
     Raises:
         UserError: another kind of tokenizer, or a pre-tokenizer whose rule is not known here.
     """
-    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
+    from tokenizers import AddedToken, Tokenizer, decoders, models, processors
 
     kind, pre = metadata.get("tokenizer.ggml.model"), metadata.get("tokenizer.ggml.pre")
     if kind != "gpt2" or pre not in PRE_TOKENIZERS:
@@ -131,11 +171,12 @@ def build_tokenizer(path: Path, metadata: dict[str, Any]) -> "Tokenizer":
             f"{', '.join(PRE_TOKENIZERS)} is converted, take the model's Hugging Face folder instead"
         )
     tokens, types = metadata["tokenizer.ggml.tokens"], metadata["tokenizer.ggml.token_type"]
+    vocab = {token: i for i, token in enumerate(tokens)}
     merges = [tuple(merge.split(" ")) for merge in metadata["tokenizer.ggml.merges"]]
-    tokenizer = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=merges))
-    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
-    digits = pre_tokenizers.Digits(individual_digits=True)  # numbers are read one digit at a time
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, byte_level]) if pre == "smollm" else byte_level
+    merges = [(a, b) for a, b in merges if a + b in vocab]  # llama.cpp wants at least one, so some do nothing
+    whole_words = pre == "llama-bpe"  # a piece that is a token is not taken apart
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges, ignore_merges=whole_words))
+    tokenizer.pre_tokenizer = pre_tokenizer(pre)
     tokenizer.decoder = decoders.ByteLevel()
     whole = [(token, kind) for token, kind in zip(tokens, types, strict=True) if kind in (CONTROL, USER_DEFINED)]
     tokenizer.add_tokens([AddedToken(t, special=kind == CONTROL, normalized=False) for t, kind in whole])

@@ -186,13 +186,17 @@ def _number(value: Any) -> float | None:
     return float(value) if good else None
 
 
-def model_card(run: Record) -> str:
-    """`README.md` of a finished run: front matter as the Hugging Face hub reads it, command, scores, limits."""
+def model_card(run: Record, library: str | None = None, sections: Sequence[str] = ()) -> str:
+    """`README.md` of a finished run: front matter as the Hugging Face hub reads it, command, scores, limits.
+
+    An export names the `library` that opens it (its adapter is merged), and adds lines of its own (`sections`).
+    """
     model, trainer = run.config.get("model", {}), run.config.get("trainer", {})
     algorithm, lora = str(trainer.get("algorithm", "?")), model.get("lora")
     base, data = str(run.base.get("id")), run.data
+    adapter = bool(lora) and library is None
     front = [
-        f"library_name: {'peft' if lora else 'transformers'}",
+        f"library_name: {library or ('peft' if adapter else 'transformers')}",
         f"pipeline_tag: {'text-classification' if algorithm == 'reward' else 'text-generation'}",
         f"tags: {json.dumps(['duet', algorithm, *(['lora'] if lora else [])])}",
     ]
@@ -214,7 +218,8 @@ def model_card(run: Record) -> str:
         [
             *("---", *front, "---", "", f"# {run.name}", "", "".join(trained) + parents, ""),
             *("```", command, "```", "", "## Held-out check", "", *_scores(run.result), ""),
-            *("![training curves](curves.png)", "", "## Limits", "", *_limits(run, bool(lora)), "", "## Record", ""),
+            *("![training curves](curves.png)", "", *sections),
+            *("## Limits", "", *_limits(run, adapter), "", "## Record", ""),
             ", ".join(part for part in (f"Python {run.python}", *versions, run.platform, commit) if part) + ".",
             f"Base weights sha256 `{run.base.get('sha256')}`, data fingerprint `{data.get('fingerprint')}`.",
             "Everything else is in `run.json`, each logged step in `metrics.jsonl`.",

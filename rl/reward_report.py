@@ -13,8 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rl import files, record, report
-from rl.config_read import nearest
+from rl import files, finished, record, report
 from rl.errors import UserError
 
 if TYPE_CHECKING:
@@ -188,13 +187,13 @@ def summary(pairs: Sequence[Pair]) -> dict[str, Any]:
 
 def main(name: str, against: str | None, root: Path = Path()) -> int:
     """Write `reward_report.{md,json,png}` into the final folder of the run `name`. Returns the exit code."""
-    folder = _final(root, name)
+    folder, _ = finished.find(root, name)
     pairs = pairs_of(folder)
-    other = None if against is None else curve(_final(root, against), folder.name)
+    other = None if against is None else curve(finished.find(root, against)[0], folder.name)
     numbers = summary(pairs)
     sources = [folder / "run.json", folder / "samples.jsonl"]
     if against is not None:
-        sources += [_final(root, against) / file for file in ("run.json", "metrics.jsonl")]
+        sources += [finished.find(root, against)[0] / file for file in ("run.json", "metrics.jsonl")]
         numbers["against"] = None if other is None else _ends(other)
     numbers["sources"] = {source.relative_to(root).as_posix(): files.sha256_file(source) for source in sources}
     draw(pairs, other, folder / f"{NAME}.png")
@@ -325,15 +324,6 @@ def _ends(other: Curve) -> dict[str, Any]:
         "verifier": at(other.verifier),
         "correlation": correlation(other.learned, other.verifier) if len(other.steps) > 1 else None,
     }
-
-
-def _final(root: Path, name: str) -> Path:
-    folder = root / "models" / "final" / Path(name).name
-    if not (folder / "run.json").is_file():
-        known = [path.parent.name for path in (root / "models" / "final").glob("*/run.json")]
-        hint = nearest(Path(name).name, known) if known else "there is none yet"
-        raise UserError(f"{name}: no such run in models/final; {hint}")
-    return folder
 
 
 def _logged(rewards: Sequence[dict[str, Any]], position: int) -> str:

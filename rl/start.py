@@ -54,9 +54,7 @@ def find(config: "Config", root: Path, parent: Path | None) -> Start:
 def _from_adapter(config: "Config", root: Path, parent: Path) -> Start:
     where = f"{config.path}: [model] from"
     peft = json.loads((parent / "adapter_config.json").read_text())
-    path = root / peft["base_model_name_or_path"]
-    if not path.is_dir():
-        raise UserError(f"{where}: its base {path} is gone; train the run again with --restart")
+    path = adapter_base(root, parent, where)
     lora = config.model.lora
     own = config.trainer.algorithm == "reward"  # there the adapter is merged, and [model.lora] is one of its own
     if not own and (lora is None or (lora.rank, lora.alpha) != (peft["r"], peft["lora_alpha"])):
@@ -176,17 +174,32 @@ def open_rewards(
             function.function.open(made[f"reward.{i}.model"], tokenizer, device)
 
 
-def _whole(root: Path, folder: Path, where: str, dtype: Any, device: "torch.device") -> Any:
-    """The policy of a finished run as one model."""
+def load_finished(root: Path, folder: Path, where: str, dtype: Any, device: "torch.device") -> Any:
+    """The policy of the finished run in `folder`, its adapter (if it is one) unmerged; `where` opens the errors.
+
+    Raises UserError where the base of the adapter is gone.
+    """
     if not (folder / "adapter_config.json").exists():
         return models.load_policy(Base(folder.name, folder, weights_sha256(check_folder(folder, where))), dtype, device)
     from peft import PeftModel
 
+    path = adapter_base(root, folder, where)
+    base = Base(path.name, path, weights_sha256(check_folder(path, where)))
+    return PeftModel.from_pretrained(models.load_policy(base, dtype, device), folder)
+
+
+def adapter_base(root: Path, folder: Path, where: str) -> Path:
+    """The folder of the base that the adapter in `folder` belongs to. Raises UserError where it is gone."""
     path = root / json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"]
     if not path.is_dir():
         raise UserError(f"{where}: its base {path} is gone; train the run again with --restart")
-    base = Base(path.name, path, weights_sha256(check_folder(path, where)))
-    return PeftModel.from_pretrained(models.load_policy(base, dtype, device), folder).merge_and_unload()
+    return path
+
+
+def _whole(root: Path, folder: Path, where: str, dtype: Any, device: "torch.device") -> Any:
+    """The policy of a finished run as one model."""
+    policy = load_finished(root, folder, where, dtype, device)
+    return policy.merge_and_unload() if hasattr(policy, "peft_config") else policy
 
 
 def load_sampler(config: "Config", start: Start, policy: Any, tokenizer: Any, stop_ids: list[int]) -> Any:
