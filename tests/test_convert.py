@@ -263,7 +263,7 @@ def test_a_gguf_of_ones_own_is_converted(make_config, tmp_path):
     ("changes", "found"),
     [
         ({"architecture": "qwen2"}, "architecture 'qwen2': only 'llama' files"),
-        ({"pre": "llama-bpe"}, "pre-tokenizer 'llama-bpe': only 'gpt2' with one of gpt-2, smollm"),
+        ({"pre": "tekken"}, "pre-tokenizer 'tekken': only 'gpt2' with one of gpt-2, smollm"),
         ({"scaling": "yarn"}, "llama.rope.scaling.type is 'yarn'"),
         ({"extra": "rope_freqs.weight"}, "tensor rope_freqs.weight is not one of a plain Llama's"),
         ({"extra": "blk.0.attn_q.bias"}, "tensor blk.0.attn_q.bias is not one of a plain Llama's"),
