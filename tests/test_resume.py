@@ -15,6 +15,7 @@ from safetensors.numpy import load_file
 
 from rl import train
 from rl.algorithms import base
+from tests.tools_helper import ASCII
 
 GRPO = """
 [run]
@@ -73,6 +74,13 @@ learning_rate = 5e-3
 [eval]
 size = 4
 """
+# the prompts hold what the environment says at reset, from a seed keyed by (run, step, prompt)
+PLAYED = GRPO.replace(
+    'source = "arithmetic"\nform = "char"\nmax_a = 5\nmax_b = 5', 'source = "environment"\nform = "chat"'
+)
+PLAYED = PLAYED.replace(
+    "intermediate = 64", f"intermediate = 64\nalphabet = {json.dumps(ASCII)}".replace("{", "{{").replace("}", "}}")
+).replace("max_completion_length = 3", 'max_completion_length = 3\nenvironment = "tests.tools_helper:Counter"')
 # two prompts a step and six of them: an epoch is three rollouts, so these cross its boundary
 CASES = {
     "grpo": (GRPO, "max_steps = 8\nsave_steps = 2\nsteps_per_generation = 1", 4),
@@ -91,6 +99,7 @@ CASES = {
         "max_steps = 8\nsave_steps = 2\nsteps_per_generation = 1",
         4,
     ),
+    "grpo, an environment": (PLAYED, "max_steps = 8\nsave_steps = 2\nsteps_per_generation = 1", 4),
     "sft": (SFT, "max_steps = 8\nsave_steps = 2", 5),
 }
 

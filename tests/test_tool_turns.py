@@ -132,7 +132,24 @@ def test_all_completions_of_a_prompt_meet_the_same_world(ascii_base: models.Base
     assert seen[4:] == [episode_seed(0, 0, 0, 1)] * 4
     assert [seat._reward() for seat in trainer.environments] == [1.0] * 4 + [0.0] * 4
     first = job.tokenizer.decode(batch["prompt_ids"][0], skip_special_tokens=True)
-    assert f"a (seed {seen[0] % 2})" in first  # what reset() says is part of the prompt
+    assert f"a (seed {seen[0] % 100})" in first  # what reset() says is part of the prompt
+
+
+def test_worked_calls_of_two_tools_reach_the_policy_as_written(ascii_base: models.Base, tmp_path: Path) -> None:
+    """Trap: an Arrow table gives each call the other's arguments too, and the policy would read `x=None`."""
+    job = make_job(ascii_base, tmp_path, asks, QUESTIONS)
+    for row in job.train:
+        calls = [
+            {"type": "function", "function": {"name": "a", "arguments": {"x": 1}}},
+            {"type": "function", "function": {"name": "b", "arguments": {"y": "z"}}},
+        ]
+        row["prompt"] = [{"role": "assistant", "content": "", "tool_calls": calls}, *row["prompt"]]
+    trainer = trainer_of(job)
+    rows = [trainer.train_dataset[i] for i in (0, 1) for _ in range(4)]
+    batch = trainer._generate_and_score_completions(rows)
+    wanted = play.prompt_with_tools(job.tokenizer, job.train[0]["prompt"], job.toolbox.callables())
+    assert batch["prompt_ids"][0][batch["prompt_mask"][0].bool()].tolist() == wanted
+    assert "[a x=1][b y=z]" in job.tokenizer.decode(wanted)
 
 
 @pytest.mark.parametrize("word", ["raise", "exit", "hang"])

@@ -1,5 +1,6 @@
 """The calculator, the guessing game, and the configs that name tools: one clear line for what is no tool."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -317,6 +318,31 @@ def test_a_wrong_tool_exits_with_2_before_torch_is_imported(tmp_path: Path) -> N
 def test_names_imported_from_elsewhere_are_followed() -> None:
     assert signatures.problem("rl.tools:calculator", "function") is None
     assert signatures.problem("rl.environments:GuessNumber", "class") is None
+
+
+def test_the_pages_own_examples_are_tools(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """docs/tools-and-turns.md: its config is read, its tool and its environment are called."""
+    page = (Path(__file__).parents[1] / "docs" / "tools-and-turns.md").read_text(encoding="utf-8")
+    code = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    (tmp_path / "my_tools.py").write_text("\n\n".join(code))
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tables,) = re.findall(r"```toml\n(.*?)```", page, re.DOTALL)
+    rest = TOOLS.split("[rollout]")[0].replace('form = "chat"\n', "")
+    body = tables.replace("[data]", rest, 1)
+    trainer = TOOLS[TOOLS.index("[trainer]") :]
+    config = load(write(tmp_path, body + trainer))
+    box = toolbox.build(config)
+    assert box is not None
+    assert box.names() == ["calculator", "lookup", "guess"]
+    assert box.functions[1](country="Peru") == "Lima"
+    config = load(write(tmp_path, GAME), ["rollout.environment=my_tools:Countdown"])
+    box = toolbox.build(config)
+    assert box is not None
+    seat = box.seat()
+    assert seat.reset(seed=4, answer="") == " There are 6."
+    assert seat.take(number=6) == "0 left"
+    assert seat._reward() == 1.0
+    sys.modules.pop("my_tools")
 
 
 # --- calls

@@ -48,10 +48,14 @@ class Counter:
         self.total = 0
         self.seed = 0
 
+    def rows(self, count: int, seed: int) -> list[dict[str, Any]]:
+        """Numbers to count to."""
+        return [{"prompt": [{"role": "user", "content": f"to {seed + i}"}], "answer": seed + i} for i in range(count)]
+
     def reset(self, seed: int, answer: str) -> str:
         """Begin at nought."""
         self.total, self.seed, self.wanted = 0, seed, int(answer)
-        return f" (seed {seed % 2})"
+        return f" (seed {seed % 100})"
 
     def add(self, number: int) -> int:
         """

@@ -32,6 +32,13 @@ def loss_mask(batch: dict[str, torch.Tensor]) -> torch.Tensor:
     return mask * batch["tool_mask"] if "tool_mask" in batch else mask
 
 
+def without_nones(value: Any) -> Any:
+    """Messages as they were: a table gives every call the arguments of all others, None where it has none."""
+    if isinstance(value, dict):
+        return {k: without_nones(v) for k, v in value.items() if v is not None}
+    return [without_nones(v) for v in value] if isinstance(value, list) else value
+
+
 def prepare(tokenizer: Any, box: Toolbox, where: str) -> None:
     """Give the tokenizer a chat template that writes tool calls and a `response_template` that reads them.
 
@@ -75,8 +82,10 @@ class Turns:
     longest_prompt = 0
 
     def _generate_and_score_completions(self, inputs: Any) -> Any:
-        if self.job.toolbox is not None and self.job.toolbox.seat is not None:
-            inputs = [{"seed": self._seed(i)} | row for i, row in enumerate(inputs)]
+        if self.job.toolbox is not None:
+            inputs = [row | {"prompt": without_nones(row["prompt"])} for row in inputs]
+            if self.job.toolbox.seat is not None:
+                inputs = [{"seed": self._seed(i)} | row for i, row in enumerate(inputs)]
         return super()._generate_and_score_completions(inputs)
 
     def _seed(self, row: int) -> int:
