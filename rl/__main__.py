@@ -32,7 +32,11 @@ def _train(arguments: argparse.Namespace) -> int | None:
 
     if arguments.seeds and any(override.partition("=")[0].strip() == "run.seed" for override in arguments.set):
         raise UserError("--seeds and --set run.seed=... are both given: give one")
-    load(arguments.config, arguments.set)  # before torch and trl, whose import takes seconds
+    from rl import reporting
+
+    config = load(arguments.config, arguments.set)  # before torch and trl, whose import takes seconds
+    if not arguments.plan:
+        reporting.require(config)
     from rl.plan import command
 
     if arguments.plan:

@@ -22,6 +22,11 @@ class Run:
     name: str = key("folder name under models/; letters, digits, '.', '_', '-'")
     seed: int = key("seed of weights, sampling and data order", 0, least=0, most=2**32 - 1)
     device: Literal["auto", "mps", "cuda", "cpu"] = key("auto takes mps, then cuda, then cpu", "auto")
+    completions_every: int = key(
+        "runs that sample while they train: steps between two rollouts kept in completions.parquet; 0 = none",
+        10,
+        least=0,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rl import config_builds, config_ppo, config_preferences, config_tools, trl_fields
+from rl import config_builds, config_ppo, config_preferences, config_tools, reporting, trl_fields
 from rl.algorithms import GROUPED, ONLINE, PREFERENCES, defaults
 from rl.config_read import Source
 from rl.errors import UserError
@@ -42,6 +42,7 @@ def check(config: Config, source: Source) -> None:
         valid = "valid: up to 100 letters, digits, '.', '_', '-', beginning with a letter or digit (it names a folder)"
         raise source.error(("run", "name"), f"found {config.run.name!r}, {valid}")
     config_builds.check(config, source)
+    reporting.check(config, source)
     _check_model(config, source)
     _check_data(config, source)
     _check_rollout(config, source)

@@ -29,6 +29,11 @@ COMPUTING = (
 )
 # recorded only: these draw or measure afterwards, a new version of them leaves the weights as they are
 SHOWING = ("lm-eval", "evaluate", "rich", "matplotlib")
+# settings that say what a run is called and whom it tells: they decide nothing
+TOLD = {
+    "run": ("name", "completions_every"),
+    "trainer": ("report_to", "run_name", "project", "trackio_space_id"),
+}
 
 
 @dataclass(kw_only=True)
@@ -113,10 +118,12 @@ def new(
 
 
 def inputs(record: Record) -> dict[str, Any]:
-    """Everything that decides the result, in the record's own shape. The run's own name decides nothing and is out."""
-    run = {key: value for key, value in record.config.get("run", {}).items() if key != "name"}
+    """Everything that decides the result, in the record's own shape: without the run's name and what it reports."""
+    kept = {
+        table: {k: v for k, v in record.config.get(table, {}).items() if k not in out} for table, out in TOLD.items()
+    }
     return {
-        "config": {**record.config, "run": run},
+        "config": {**record.config, **kept},
         "parents": record.parents,
         "data": {"fingerprint": record.data.get("fingerprint")},
         "base": {"sha256": record.base.get("sha256")},

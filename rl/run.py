@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import IO, Any, Literal
 
-from rl import files, record
+from rl import completions, files, record, reporting
 from rl.checkpoints import (
     Checkpoint,
     complete_checkpoints,
@@ -124,6 +124,7 @@ def _open(folder: Path, final: Path, fresh: Record, resume: bool, restart: bool)
         )
     last_checkpoint(folder)  # clears partial ones away
     record.cut_metrics(folder / "metrics.jsonl", checkpoint.rows)
+    completions.cut(folder, checkpoint.step)
     resumed = _continued(unfinished, fresh, checkpoint)
     record.save(resumed, folder)
     return OpenRun("resumed", folder, final, resumed, checkpoint, earlier_s=checkpoint.wall_s)
@@ -230,6 +231,9 @@ def finish(run: OpenRun) -> Path:
     with disk_guard(run.folder):
         rows = record.read_metrics(run.folder / "metrics.jsonl")
         files.write_text(stage / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+        if (run.folder / reporting.EVENTS).is_dir():
+            shutil.copytree(run.folder / reporting.EVENTS, stage / reporting.EVENTS)
+        completions.merge(run.folder, stage / completions.FILE)
         report.curves(stage / "metrics.jsonl", stage / "curves.png")
         files.write_text(stage / "README.md", report.model_card(done))
         sync_tree(stage)

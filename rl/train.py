@@ -9,8 +9,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from rl import completions, files, record, report, reporting, run
 from rl import config as configs
-from rl import files, record, report, run
+from rl.checkpoints import disk_guard
 from rl.config import Config
 from rl.display import Display, Sample
 from rl.errors import RunFailed, UserError
@@ -68,6 +69,7 @@ def train_run(
     With `remake` (a run that another builds on), one made from other inputs is made again.
     """
     config = configs.load(path, overrides)
+    reporting.require(config)
     seeded = any(o.partition("=")[0].strip() == "run.seed" for o in overrides)
     name = run.run_name(config.run.name, config.run.seed, seeded)
     built = parents(config, display, resume)
@@ -311,7 +313,11 @@ def _train(config: Config, opened: run.OpenRun, job: Any, display: Display) -> A
         def total(steps: int) -> None:
             bar.total = steps
 
-        job.hooks = Hooks(metrics=metrics, saved=saved, total=total, warn=display.warn)
+        def kept(step: int, sampling_round: int, rows: list[dict[str, Any]]) -> None:
+            with disk_guard(opened.folder):
+                completions.write(opened.folder, step, sampling_round, rows)
+
+        job.hooks = Hooks(metrics=metrics, saved=saved, total=total, warn=display.warn, completions=kept)
         return algorithm.train(job)
 
 

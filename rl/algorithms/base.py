@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from transformers import PrinterCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from rl import reporting
 from rl.algorithms import defaults
 from rl.algorithms.guard import Guard
 from rl.checkpoints import disk_guard
@@ -28,6 +29,8 @@ class Hooks:
     saved: Callable[[int, Path, bool], None] = lambda step, folder, good: None
     total: Callable[[int], None] = lambda steps: None
     warn: Callable[[str], None] = lambda text: None
+    # step, round of dynamic sampling, rows (rl.completions)
+    completions: Callable[[int, int, list[dict[str, Any]]], None] = lambda step, sampling_round, rows: None
 
 
 @dataclass
@@ -72,6 +75,7 @@ def arguments(job: Job, known: set[str]) -> dict[str, Any]:
         "save_strategy": "steps",
         "disable_tqdm": True,
         "report_to": [],
+        "run_name": job.folder.name,  # what trackers call the run
         "logging_nan_inf_filter": False,  # the filter hides a NaN loss behind the mean of the others
         "save_total_limit": None,  # the run keeps and removes checkpoints itself: only whole ones count
     }
@@ -106,10 +110,11 @@ class Recorder(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict | None = None, **_: Any
     ) -> None:
         """One record per logged step; the summary that Trainer logs at the end is not a step."""
-        logs = dict(logs or {})
+        logs = {} if logs is None else logs
         if "train_runtime" in logs:
             return
-        metrics = {k: v for k, v in (logs | self.extra()).items() if isinstance(v, int | float)}
+        logs.update(self.extra())  # in place: trackers hear it after us
+        metrics = {k: v for k, v in logs.items() if isinstance(v, int | float)}
         metrics = {k: (None if isinstance(v, float) and not math.isfinite(v) else v) for k, v in metrics.items()}
         metrics["skipped_steps"] = self.guard.health.skipped
         self.guard.watch_collapse(metrics, self.alike(), control)
@@ -147,7 +152,11 @@ def run_trainer(job: Job, trainer: Any, guard: Guard, recorder: Recorder) -> Out
     guard.trainer = trainer
     trainer.remove_callback(PrinterCallback)  # the run's display prints what was logged
     with stop_on_signal(recorder.interrupted, job.hooks.warn), disk_guard(job.folder):
-        trainer.train(resume_from_checkpoint=str(job.resume) if job.resume else None)
+        reporting.prepare(trainer, job.folder, int(job.resume.name.rpartition("-")[2]) if job.resume else None)
+        try:
+            trainer.train(resume_from_checkpoint=str(job.resume) if job.resume else None)
+        finally:
+            reporting.close(trainer)
     steps, wanted = trainer.state.global_step, trainer.state.max_steps
     health = guard.health
     return Outcome(

@@ -57,10 +57,6 @@ class DynamicTrainer(DuetGRPOTrainer):
     def _on_policy(self) -> bool:
         return False  # the batch the loss sees is not the one a forward was kept for
 
-    def _calculate_rewards(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        self.rewards_B_F = super()._calculate_rewards(*args, **kwargs)
-        return self.rewards_B_F
-
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         if not self.model.training:
             return super()._generate_and_score_completions(inputs)

@@ -34,10 +34,6 @@ def advantages(
 class GlobalTrainer(DuetGRPOTrainer):
     """GRPO's trainer with advantages of tokens over the batch, and the KL in them instead of in the loss."""
 
-    def _calculate_rewards(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        self.rewards_B_F = super()._calculate_rewards(*args, **kwargs)
-        return self.rewards_B_F
-
     def _score(self, inputs: Any) -> dict[str, torch.Tensor]:
         batch = super()._score(inputs)
         weighted = self.rewards_B_F * self.reward_weights.to(self.rewards_B_F)

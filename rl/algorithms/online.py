@@ -12,6 +12,7 @@ import torch
 from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import add_fused_lm_head, use_adapter
 
+from rl.algorithms import trace
 from rl.algorithms.base import Job, Outcome, Recorder, Timer, run_trainer
 from rl.algorithms.guard import Guard
 from rl.algorithms.learner import Forward, forward, row_keys, score_completions_only, share
@@ -77,18 +78,37 @@ class Online:
 
     def _calculate_rewards(self, *args: Any, **kwargs: Any) -> Any:
         with self.timer.part("reward"):
-            return super()._calculate_rewards(*args, **kwargs)
+            self.rewards_B_F = super()._calculate_rewards(*args, **kwargs)
+        self.rewarded = args[3]  # ids of whole completions, also where tokens are masked from the loss
+        return self.rewards_B_F
 
     def _generate_and_score_completions(self, inputs: Any) -> Any:
         self.last = None
         output = self._score(inputs)
         if not self.model.training:
             return output
+        self._keep_completions(inputs, output)
         if self.beta == 0.0:
             self._measure_kl(output)
         if "importance_sampling_ratio" in output:
             self._measure_ratio(output)
         return output
+
+    def _keep_completions(self, inputs: list[dict[str, Any]], batch: dict[str, Any]) -> None:
+        """Every so many steps a rollout goes into the run's log (of one process: its rows are the rollout's)."""
+        period = self.args.steps_per_generation * self.num_iterations // self.args.gradient_accumulation_steps
+        if self.accelerator.num_processes > 1 or not trace.is_due(self.job, self.state.global_step, max(1, period)):
+            return
+        trace.note(
+            self.job,
+            self.state.global_step,
+            self.sampling_round,
+            inputs,
+            self.rewarded,
+            trace.columns(self.job, self.rewards_B_F),
+            group=self.num_generations,
+            advantages=trace.of_tokens(batch["advantages"], batch["completion_mask"]),
+        )
 
     def _score(self, inputs: Any) -> dict[str, Any]:
         """TRL's generation batch, which a trainer may complete before anything is measured on it."""

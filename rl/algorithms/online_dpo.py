@@ -28,7 +28,7 @@ import torch
 from trl import DPOConfig
 
 from rl import judge
-from rl.algorithms import online
+from rl.algorithms import online, trace
 from rl.algorithms.base import Job, Outcome, Recorder, Timer, arguments, run_trainer
 from rl.algorithms.dpo import DuetDPOTrainer, reference
 from rl.algorithms.guard import Guard
@@ -110,16 +110,22 @@ class OnlineDPOTrainer(DuetDPOTrainer):
         self.job.tokens["completion"] += sum(map(len, said))
         texts = [self._tokenizer.decode(ids, skip_special_tokens=True) for ids in said]
         with self.timer.part("reward"):
-            scores = judge.totals(self.job.rewards, asked, texts, said)
+            given = judge.each(self.job.rewards, asked, texts, said)
+        scores = judge.summed(self.job.rewards, given, len(asked))
         pairs: list[Row | None] = []
+        sides: list[str | None] = [None] * len(asked)
         for i in range(0, len(asked), self.samples):
             chosen = best_and_worst(scores[i : i + self.samples])
             if chosen is None:
                 pairs.append(None)
                 continue
             best, worst = (said[i + j] for j in chosen)
+            sides[i + chosen[0]], sides[i + chosen[1]] = "chosen", "rejected"
             pairs.append({"prompt_ids": prompts[i], "chosen_ids": best, "rejected_ids": worst})
         self._note(scores, pairs)
+        if trace.is_due(self.job, self.state.global_step, 1):
+            rewards = {f.name: values for f, values in zip(self.job.rewards, given, strict=True)}
+            trace.note(self.job, self.state.global_step, 0, asked, said, rewards, group=self.samples, pair=sides)
         return pairs
 
     def _note(self, scores: list[float], pairs: list[Row | None]) -> None:

@@ -41,7 +41,7 @@ from safetensors.torch import load_file, save_file
 from transformers import Trainer
 from trl.trainer.utils import disable_dropout_in_model, pad
 
-from rl.algorithms import online, value
+from rl.algorithms import online, trace, value
 from rl.algorithms import ppo_math as m
 from rl.algorithms.base import Job, Outcome, Recorder, Timer, arguments, run_trainer
 from rl.algorithms.guard import Guard
@@ -165,6 +165,9 @@ class PPOTrainer(Trainer):
             batch |= self._scored(batch)
         self._weigh(batch, sampled_B_T)
         self._add_advantages(batch, scores_B.nan_to_num(0.0))
+        if trace.is_due(self.job, self.state.global_step, self.args.num_ppo_epochs * self.args.num_mini_batches):
+            advantages = trace.of_tokens(batch["advantages"], batch["loss_mask"])
+            trace.note(self.job, self.state.global_step, 0, rows, self.completions, self.given, advantages=advantages)
         return batch
 
     def _pad(self, rows: list[torch.Tensor], filler: float, side: str = "right") -> torch.Tensor:
@@ -187,6 +190,7 @@ class PPOTrainer(Trainer):
         columns: dict[str, Any] = {name: [row.get(name) for row in rows] for name in names}
         columns |= {"completion_ids": self.completions, "trainer_state": self.state}
         given = [f(prompts=prompts, completions=said, **columns) for f in self.job.rewards]
+        self.given = {f.name: column for f, column in zip(self.job.rewards, given, strict=True)}
         rewards_F_B = torch.tensor([[math.nan if r is None else r for r in column] for column in given])
         weights_F = torch.tensor([f.weight for f in self.job.rewards])
         scores_B = (rewards_F_B * weights_F[:, None]).nansum(0)
