@@ -103,6 +103,12 @@ def export(session: nox.Session) -> None:
 
 
 @nox.session
+def completions(session: nox.Session) -> None:
+    """Read what a run said while it trained: nox -s completions -- RUN --reward '>0.5', or --watch"""
+    python(session, "-m", "rl", "completions", *session.posargs)
+
+
+@nox.session
 def clean(session: nox.Session) -> None:
     """Remove caches and generated tables, never a run: nox -s clean -- --dry-run"""
     python(session, "-m", "rl", "clean", *session.posargs)

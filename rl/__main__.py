@@ -159,6 +159,25 @@ def _clean(arguments: argparse.Namespace) -> int | None:
     return rl.clean.main(everything=arguments.all, dry_run=arguments.dry_run)
 
 
+def _completions(arguments: argparse.Namespace) -> int | None:
+    from rl.viewer import command
+
+    return command.main(
+        arguments.run,
+        reward=arguments.reward,
+        length=arguments.length,
+        step=arguments.step,
+        words=arguments.text,
+        sort=arguments.sort,
+        limit=arguments.limit,
+        whole=arguments.whole,
+        steps=arguments.steps,
+        html=arguments.html,
+        watch=arguments.watch,
+        port=arguments.port,
+    )
+
+
 def _count(text: str) -> int:
     if not (text.isdecimal() and int(text) > 0):
         raise argparse.ArgumentTypeError(f"found {text!r}, valid: a whole number ≥ 1")
@@ -269,6 +288,22 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("--repo", metavar="USER/NAME", help="of --to hub: the model's id there")
     export.add_argument("--private", action="store_true", help="of --to hub: a private repository, where it is new")
     export.add_argument("--dry-run", action="store_true", help="of --to hub: write the folder, upload nothing")
+    look = command("completions", _completions, "what a run said while it trained: terminal, page, or live page")
+    look.add_argument("run", metavar="RUN", help="a run, finished or going on, or its folder")
+    for option, example in (("reward", ">0.5 or 'exact=1'"), ("length", "10..20"), ("step", ">=100")):
+        look.add_argument(
+            f"--{option}", action="append", default=[], metavar="CONDITION", help=f"e.g. '{example}'; may be repeated"
+        )
+    look.add_argument("--text", metavar="WORDS", help="in the prompt or the completion, whatever the case")
+    look.add_argument(
+        "--sort", metavar="COLUMN", help="step, reward, advantage or length; --sort=-reward: highest first"
+    )
+    look.add_argument("--limit", type=_count, metavar="N", help="at most so many; in the terminal 20 if not given")
+    look.add_argument("--whole", action="store_true", help="whole prompts and completions")
+    look.add_argument("--steps", action="store_true", help="one line a step in place of the completions")
+    look.add_argument("--html", type=Path, metavar="FILE", help="write one page that needs no network")
+    look.add_argument("--watch", action="store_true", help="serve that page on 127.0.0.1, fresh while a run goes on")
+    look.add_argument("--port", type=int, default=0, metavar="N", help="of --watch; a free one if not given")
     clean = command("clean", _clean, "remove caches and generated tables; runs, finished or not, stay unless --all")
     clean.add_argument("--all", action="store_true", help="also base models, runs and results; data/raw stays")
     clean.add_argument("--dry-run", action="store_true", help="say what would go, remove nothing")

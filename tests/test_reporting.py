@@ -86,7 +86,9 @@ class Heard:
         self.started: dict[str, Any] = {}
         self.finished = 0
         self.config: dict[str, Any] = {}
-        self.context_vars = types.SimpleNamespace(current_space_id=types.SimpleNamespace(get=lambda: None))
+        self.context_vars = types.SimpleNamespace(
+            **dict.fromkeys(("current_space_id", "current_run"), types.SimpleNamespace(get=lambda: None))
+        )
 
     def init(self, **given: Any) -> None:
         self.started = given
