@@ -226,16 +226,24 @@ def _safe_name(root: Path, folder: Path) -> str:
 
 
 def _start(root: Path, run: Run) -> Subject | None:
-    """The model a run started from where run.json tells: the run that [model] from names, or a base folder."""
+    """The model a run started from where run.json tells: the run that [model] from names, or a base folder.
+
+    Of a run on a quantized base that is the quantized one: what quantization cost is not undone by training.
+    """
+    base = run.record.get("base") or {}
+    held = _by_sha256(base.get("sha256"), root)
     if run.record["config"].get("model", {}).get("from"):
         for parent in run.record.get("parents") or []:
             name = str(parent.get("name", "")) if parent.get("role") == "model.from" else ""
             if name and (root / "models" / "final" / name / "run.json").is_file():
                 made = subjects(root, load(root, name))[-1]
-                return Subject("base", made.model, made.adapter)
+                return (
+                    Subject("base", held or made.model)
+                    if made.adapter is None
+                    else Subject("base", made.model, made.adapter)
+                )
         return None
-    base = run.record.get("base") or {}
-    folder = _existing(str(base.get("id") or ""), root, run.folder) or _by_sha256(base.get("sha256"), root)
+    folder = held or _existing(str(base.get("id") or ""), root, run.folder)
     if folder is None:
         return None
     _check_weights(folder, "model")
@@ -243,9 +251,13 @@ def _start(root: Path, run: Run) -> Subject | None:
 
 
 def _by_sha256(digest: str | None, root: Path) -> Path | None:
-    """The folder below models/base whose base.json says it holds these weights; an id need not be a folder's name."""
+    """The folder below models/base whose base.json says it holds these weights, or is packed from them (`sha256`).
+
+    An id need not be a folder's name, and a quantized base has the id of what it was made from.
+    """
     for path in sorted((root / "models" / "base").glob("*/base.json")):
-        if digest and read_json(path, "remove the folder: the next run makes it again").get("weights_sha256") == digest:
+        told = read_json(path, "remove the folder: the next run makes it again")
+        if digest and digest in (told.get("weights_sha256"), told.get("sha256")):
             return path.parent.resolve()
     return None
 

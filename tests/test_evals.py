@@ -346,6 +346,25 @@ def test_start_is_found_by_its_weights(checkout: Path) -> None:
     assert runs.subjects(checkout, runs.load(checkout, "lora"))[1].model == base.resolve()
 
 
+def test_a_run_on_a_quantized_base_started_from_that_one(checkout: Path) -> None:
+    """Trap: beside the whole base, which has the same id, the loss of quantization would be taken off the gain."""
+    base = checkout / "models" / "base" / "random"
+    (base / "base.json").write_text(json.dumps({"weights_sha256": "whole"}))
+    packed = shutil.copytree(base, checkout / "models" / "base" / "random-q4g32")
+    (packed / "base.json").write_text(json.dumps({"source": "whole", "bits": 4, "sha256": "packed"}))
+    for name, parents in (("full", []), ("lora", [{"role": "model.from", "name": "full"}])):
+        path = checkout / "models" / "final" / name / "run.json"
+        for digest, folder in (("packed", packed), ("whole", base)):
+            model = {"from": "full.toml"} if parents else {"base": "random"}
+            record = json.loads(path.read_text()) | {"base": {"id": "random", "sha256": digest}, "parents": parents}
+            record["config"]["model"] = model
+            path.write_text(json.dumps(record))
+            assert runs.subjects(checkout, runs.load(checkout, name))[0] == runs.Subject("base", folder.resolve())
+    path.write_text(json.dumps(record | {"base": {"id": "full", "sha256": "of no base"}}))
+    start = runs.subjects(checkout, runs.load(checkout, "lora"))[0]
+    assert start == runs.Subject("base", checkout / "models" / "final" / "full")
+
+
 def test_no_runs_says_how_to_make_one(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="nox -s train"):
         cli.main([], tmp_path)

@@ -10,12 +10,13 @@ from typing import Any
 import pytest
 import torch
 from mlx_model_helper import ASKED, hf, instances, ours, told, write, write_quantized
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from evals import mlx_model
 from rl.errors import RunFailed, UserError
+from rl.packed import load_policy
 from rl.rollouts import device
 
 TOLERANCE = 1e-4  # of a log-likelihood, float32 on both sides
@@ -47,6 +48,27 @@ def test_the_packed_weights_of_a_quantized_base_are_the_dequantized_ones(
     found = packed.loglikelihood(asked, disable_tqdm=True)
     assert [v for v, _ in found] == pytest.approx([v for v, _ in theirs], abs=TOLERANCE)
     assert max(abs(a - b) for (a, _), (b, _) in zip(found, bare, strict=True)) > 0.1  # the adapter says something
+
+
+def test_a_quantized_base_and_its_adapter_score_as_in_the_trainer(
+    folders: dict[str, tuple[Path, Path | None]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The trainer's own policy: codes dequantized a layer at a time in torch, PEFT's adapter beside them."""
+    base, adapter = folders["4-bit"]
+    assert adapter is not None
+    policy = PeftModel.from_pretrained(load_policy(base, torch.float32, "cpu"), str(adapter))
+    asked = [pair for pair in ASKED if pair[0] and len(pair[0]) < 99]  # the others are cut to the context, or given one
+    for packed in (False, True):
+        monkeypatch.setattr(device, "keeps_packed_weights", lambda packed=packed: packed)
+        lm = ours(base, adapter)
+        found = lm.loglikelihood(instances("loglikelihood", asked), disable_tqdm=True)
+        for pair, answer in zip(asked, found, strict=True):
+            before, after = lm._encode_pair(*pair)
+            with torch.no_grad():
+                logits = policy(torch.tensor([before + after])).logits[0, len(before) - 1 : -1]
+            total = logits.log_softmax(-1)[range(len(after)), after].sum()
+            assert answer[0] == pytest.approx(float(total), abs=TOLERANCE), pair
+            assert answer[1] is (logits.argmax(-1).tolist() == after), pair
 
 
 def _adapter(folder: Path, base: Path, **options: Any) -> Path:
