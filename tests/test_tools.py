@@ -11,10 +11,9 @@ from rl import data
 from rl.config import load
 from rl.data import arithmetic
 from rl.environments import GuessNumber
-from rl.errors import RunFailed, UserError
+from rl.errors import UserError
 from rl.rewards.answers import text_of
 from rl.tools import calculator, signatures, toolbox
-from rl.tools.calls import MOST_HUNG, Runner, guarded
 from tests.config_helper import error_of, write
 
 TOOLS = """
@@ -343,41 +342,3 @@ def test_the_pages_own_examples_are_tools(tmp_path: Path, monkeypatch: pytest.Mo
     assert seat.take(number=6) == "0 left"
     assert seat._reward() == 1.0
     sys.modules.pop("my_tools")
-
-
-# --- calls
-
-
-def test_too_many_hanging_calls_stop_the_run() -> None:
-    import threading
-
-    release = threading.Event()
-    runner = Runner(0.001)
-
-    def hang(x: int) -> int:
-        release.wait(20)
-        return x
-
-    tool = guarded(hang, runner)
-    try:
-        for _ in range(MOST_HUNG):
-            runner.check()
-            with pytest.raises(TimeoutError, match="no result within"):
-                tool(1)
-        with pytest.raises(RunFailed, match=f"{MOST_HUNG} tool calls hang; the first error: hang: no result"):
-            runner.check()
-        with pytest.raises(RuntimeError, match="not called"):
-            tool(1)
-    finally:
-        release.set()
-
-
-def test_a_tool_keeps_its_name_and_signature_and_says_text() -> None:
-    import inspect
-
-    tool = guarded(calculator, Runner(5.0))
-    assert tool.__name__ == "calculator"
-    assert inspect.signature(tool) == inspect.signature(calculator)
-    assert tool(expression="6*7") == "42"
-    with pytest.raises(RuntimeError, match="TypeError"):
-        tool(wrong=1)

@@ -3,6 +3,7 @@
 import functools
 import inspect
 import threading
+import typing
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -80,13 +81,40 @@ class Runner:
         return error
 
 
+_SAID = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
+
+
+def check_types(function: Callable[..., Any], arguments: dict[str, Any]) -> None:
+    """Raise ValueError, for the model to read, where an argument is not of the simple type its parameter has.
+
+    What is missing or unknown is Python's to tell.
+    """
+    try:
+        hints = typing.get_type_hints(function)
+    except Exception:
+        return  # a type that is only there for type checkers
+    for name, value in arguments.items():
+        wanted = hints.get(name)
+        fits = type(value) in ((int, float) if wanted is float else (wanted,))
+        if wanted in _SAID and not fits:
+            raise ValueError(f"{name} must be {_SAID[wanted]}, found {value!r:.60}")
+
+
 def guarded(function: Callable[..., Any], runner: Runner) -> Callable[..., str]:
     """The tool with the same name, signature and docstring; its result is a text."""
-    name = function.__name__
+    name, checked = function.__name__, _checked(function)
 
     @functools.wraps(function)
-    def call(*args: Any, **kwargs: Any) -> str:
-        return runner.clean(str(runner.call(name, function, *args, **kwargs)))
+    def call(**arguments: Any) -> str:
+        return runner.clean(str(runner.call(name, checked, **arguments)))
+
+    return call
+
+
+def _checked(function: Callable[..., Any]) -> Callable[..., Any]:
+    def call(**arguments: Any) -> Any:
+        check_types(function, arguments)
+        return function(**arguments)
 
     return call
 
@@ -129,7 +157,9 @@ class Seat:
         if self._lost is not None or self._inner is None:
             raise RuntimeError(self._lost or "the environment was not started")
         try:
-            return self._runner.call(name, getattr(self._inner, name), **arguments)
+            method = getattr(self._inner, name)
+            called = method if name in ("reset", "get_reward") else _checked(method)  # those are not the model's
+            return self._runner.call(name, called, **arguments)
         except TimeoutError as error:
             self._inner, self._lost = None, f"the environment is gone ({error})"
             raise
