@@ -19,6 +19,7 @@ from mlx.utils import tree_flatten
 from rl.convert import hf_name, unpermute
 from rl.errors import UserError
 from rl.files import sha256_file, write_json
+from rl.rollouts.families import sampler_config
 from rl.rollouts.load import load_sampler
 
 # key in base.json -> the file whose sha256 it is: what MLX samples from, and what torch trains on
@@ -125,7 +126,8 @@ def _write(folder: Path, base: Path, packed: dict[str, mx.array], bits: int, gro
             shutil.copy(path, folder / "mlx" / path.name)
     config = json.loads((base / "config.json").read_text())
     write_json(folder / "config.json", config)
-    write_json(folder / "mlx" / "config.json", config | {"quantization": common | different})
+    # mlx_lm's own tools read RoPE's settings at the top level only
+    write_json(folder / "mlx" / "config.json", sampler_config(config) | {"quantization": common | different})
 
 
 def _input_size(value: mx.array, scales: mx.array, group_size: int) -> int:
