@@ -120,7 +120,10 @@ def hf_generate(
     config = GenerationConfig(
         max_new_tokens=max(limits), top_k=0, top_p=1.0, pad_token_id=0, disable_compile=True, **drawn
     )
-    kept = policy.generation_config
+    kept, attention = policy.generation_config, policy.config._attn_implementation
+    paged = attention.startswith("paged|")  # continuous batching is ready beside it, on the same model
+    if paged:
+        policy.set_attn_implementation(attention.removeprefix("paged|"))
     # generate fills what is not set from here, and an EOS there would end rows early
     policy.generation_config = GenerationConfig()
     try:
@@ -134,6 +137,8 @@ def hf_generate(
             )
     finally:
         policy.generation_config = kept
+        if paged:
+            policy.set_attn_implementation(attention)
     rows = out[:, width:].tolist()
     if len(rows[0]) != max(limits):
         raise ValueError(f"generate gave {len(rows[0])} columns, not {max(limits)}")
