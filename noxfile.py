@@ -109,6 +109,12 @@ def completions(session: nox.Session) -> None:
 
 
 @nox.session
+def paper(session: nox.Session) -> None:
+    """Make a study's runs, judge its claims, set its report: nox -s paper -- papers/over-optimisation --check"""
+    python(session, "-m", "papers", *session.posargs)
+
+
+@nox.session
 def clean(session: nox.Session) -> None:
     """Remove caches and generated tables, never a run: nox -s clean -- --dry-run"""
     python(session, "-m", "rl", "clean", *session.posargs)

@@ -7,8 +7,13 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rl.errors import RunFailed, UserError
+
+if TYPE_CHECKING:
+    from papers.runner import Settings
+    from papers.study import Study
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -17,9 +22,10 @@ def main(argv: Sequence[str] | None = None, root: Path = ROOT) -> int:
     """Run one command; returns the exit code (argparse itself exits with 2)."""
     argv = list(sys.argv[1:] if argv is None else argv)
     try:
-        if argv[:1] == ["run"]:
-            return _run(argv[1:], root)
-        raise UserError("give a command: run")
+        commands = {"run": _run, "new": _new, "index": _index}
+        if argv and argv[0] in commands:
+            return commands[argv[0]](argv[1:], root)
+        return _paper(argv, root)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -31,32 +37,113 @@ def main(argv: Sequence[str] | None = None, root: Path = ROOT) -> int:
         return 130
 
 
+def _paper(argv: Sequence[str], root: Path) -> int:
+    """Make what is missing, judge the claims, set the report, renew the index."""
+    from papers import study
+
+    made = argparse.ArgumentParser(
+        prog="python -m papers",
+        description="Make a study's missing runs, judge its claims and set its report. Other commands, each with "
+        "its own --help: run, new, index.",
+    )
+    made.add_argument("study", metavar="STUDY", help="papers/<slug>")
+    how = made.add_mutually_exclusive_group()
+    how.add_argument("--check", action="store_true", help="train nothing: judge the results that are there")
+    how.add_argument("--quick", action="store_true", help="all of it at toy size, below build/papers/<slug>-quick/")
+    how.add_argument("--import", dest="source", type=Path, metavar="DIR", help="take the run folders in DIR first")
+    _speed(made)
+    args = made.parse_args(list(argv))
+    found = study.load(study.find(root, args.study), root)
+    failed: dict[str, str] = {}
+    if args.source is not None:
+        from papers import collect
+
+        for name in collect.bring(found, root, args.source):
+            print(f"imported: {name}")
+    elif not args.check:
+        failed = _make(found, root, args)
+    from papers import build, claims, index, results, tables
+
+    verdicts = build.build(found, root, args.quick)
+    for one in verdicts:
+        print(f"{tables.outcome(one)}: {one.claim.say}")
+    if not args.quick:
+        index.write(root)
+    where = results.folder(found, root, args.quick)
+    print(f"{sum(one.outcome == claims.HOLDS for one in verdicts)} of {len(verdicts)} claims hold; "
+          f"{(where / 'report.pdf').relative_to(root)}")  # fmt: skip
+    return _report(failed)
+
+
+def _make(found: "Study", root: Path, args: argparse.Namespace) -> dict[str, str]:
+    """Train what has no result or an outdated one, and keep it."""
+    from papers import collect, jobs, results, runner
+
+    collect.here(found, root, args.quick)
+    plan = jobs.plan(found, args.quick)
+    kept = results.load(found, root, plan, args.quick)
+    old = results.outdated(plan, kept, found, root, args.quick)
+    wanted = [job.name for job in plan if job.name not in kept or job.name in old]
+    if not wanted:
+        return {}
+    try:
+        return runner.make(found, root, _settings(args), wanted)
+    finally:  # also of what time or a failure cut short
+        collect.here(found, root, args.quick)
+
+
+def _new(argv: Sequence[str], root: Path) -> int:
+    from papers import template
+
+    made = argparse.ArgumentParser(prog="python -m papers new", description="Start a study from the template.")
+    made.add_argument("slug", help="lower case, digits and hyphens")
+    for path in template.write(root, made.parse_args(list(argv)).slug):
+        print(path.relative_to(root))
+    return 0
+
+
+def _index(argv: Sequence[str], root: Path) -> int:
+    from papers import index
+
+    argparse.ArgumentParser(prog="python -m papers index", description="Write papers/README.md.").parse_args(list(argv))
+    print("papers/README.md: " + ("written" if index.write(root) else "up to date"))
+    return 0
+
+
 def _run(argv: Sequence[str], root: Path) -> int:
-    from papers import machine, runner, study
+    from papers import runner, study
 
     made = argparse.ArgumentParser(
         prog="python -m papers run", description="Make a study's missing runs, several at a time, and no report."
     )
     made.add_argument("study", metavar="STUDY", help="papers/<slug>")
-    made.add_argument("--jobs", type=_count, metavar="N", help="runs at once (default: as many as the cores allow)")
-    made.add_argument("--threads", type=_count, default=2, metavar="N", help="cores of each run (default: 2)")
-    made.add_argument("--budget", type=_count, metavar="SECONDS", help="stop then; finished runs are kept")
-    made.add_argument("--device", choices=["auto", "mps", "cuda", "cpu"], help="of every run (default: the config's)")
+    _speed(made)
     made.add_argument("--out", type=Path, metavar="DIR", help="also copy each finished run there, weights aside")
     made.add_argument("--only", default="", metavar="A,B", help="these runs alone, with those they build on")
     made.add_argument("--quick", action="store_true", help="at toy size")
     args = made.parse_args(list(argv))
-    found = study.load(study.find(root, args.study), root)
-    settings = runner.Settings(
+    return _report(runner.make(study.load(study.find(root, args.study), root), root, _settings(args)))
+
+
+def _speed(made: argparse.ArgumentParser) -> None:
+    made.add_argument("--jobs", type=_count, metavar="N", help="runs at once (default: as many as the cores allow)")
+    made.add_argument("--threads", type=_count, default=2, metavar="N", help="cores of each run (default: 2)")
+    made.add_argument("--budget", type=_count, metavar="SECONDS", help="stop then; finished runs are kept")
+    made.add_argument("--device", choices=["auto", "mps", "cuda", "cpu"], help="of every run (default: the config's)")
+
+
+def _settings(args: argparse.Namespace) -> "Settings":
+    from papers import machine, runner
+
+    return runner.Settings(
         jobs=args.jobs or max(1, len(machine.cores()) // args.threads),
         threads=args.threads,
         budget=args.budget,
         device=args.device,
-        out=args.out,
+        out=getattr(args, "out", None),
         quick=args.quick,
-        only=tuple(name for name in args.only.split(",") if name),
+        only=tuple(name for name in getattr(args, "only", "").split(",") if name),
     )
-    return _report(runner.make(found, root, settings))
 
 
 def _report(failed: dict[str, str]) -> int:

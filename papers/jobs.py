@@ -15,7 +15,7 @@ from typing import Any
 from papers.study import RunSpec, Study
 from rl import config as configs
 from rl import files
-from rl.config_read import place
+from rl.config_read import Source, place, plain, read
 from rl.config_text import to_toml
 from rl.errors import UserError
 from rl.record import COMPUTING, Record
@@ -216,10 +216,21 @@ def _without(value: Any, way: Sequence[str | int]) -> Any:
 
 
 def changed(wanted: Mapping[str, Any], found: Mapping[str, Any], roles: Sequence[str]) -> list[str]:
-    """`key: found → wanted` of each setting in which a recorded config is not the one asked for."""
-    before, after = (_flat(essence(config, roles)) for config in (found, wanted))
+    """`key: found → wanted` of each setting in which a recorded config is not the one asked for.
+
+    A setting that came after the record was written has its default there: that is what the run was made with.
+    """
+    before, after = (_flat(essence(config, roles)) for config in (_today(found), wanted))
     keys = sorted(key for key in before.keys() | after.keys() if before.get(key) != after.get(key))
     return [f"{key}: {before.get(key)} → {after.get(key)}" for key in keys]
+
+
+def _today(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A recorded config with the settings of today; as it is where today knows one of its settings no more."""
+    try:
+        return plain(read(configs.Config, config, Source("run.json"), also={"path": Path("run.json")}))
+    except UserError:
+        return config
 
 
 def _flat(value: Any, prefix: str = "") -> dict[str, Any]:

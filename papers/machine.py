@@ -24,7 +24,8 @@ def describe() -> dict[str, Any]:
 
 def in_words(machine: dict[str, Any]) -> str:
     """One line: "Intel Xeon ..., 16 cores, 128 GiB, NVIDIA H100"."""
-    parts = [machine["cpu"], f"{machine['cores']} cores", f"{machine['memory_gib']:g} GiB", machine.get("gpu")]
+    sizes = ((machine.get("cores"), "cores"), (machine.get("memory_gib"), "GiB"))
+    parts = [machine["cpu"], *(f"{size:g} {what}" for size, what in sizes if size), machine.get("gpu")]
     return ", ".join(part for part in parts if part)
 
 

@@ -22,7 +22,7 @@ ALWAYS = ("step", "wall_s")  # kept of every logged row
 DIGITS = 6  # of other logged values
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # one is itself alone, so what is computed of it can be remembered
 class Kept:
     """One run's result. `metrics` are columns of equal length; `before` and `after` are marks, 0 or 1, by question."""
 

@@ -154,3 +154,16 @@ def test_committed_studies_resolve_to_configs(slug: str, tmp_path: Path) -> None
         by_name = {job.name: job for job in plan}
         for job in first.values():
             jobs.write(job, tmp_path / str(quick), ROOT, by_name, 20 if job.timed else None)
+
+
+def test_a_setting_that_came_later_does_not_make_results_stale(root: Path) -> None:
+    """Trap: every new key of the configs, at its default, would ask for all studies to be made again."""
+    plan = jobs.plan(loaded(root))
+    by_name, where = {job.name: job for job in plan}, root / "build"
+    wanted = jobs.resolved(plan[1], where, root, by_name)
+    old = json.loads(json.dumps(wanted))
+    del old["rollout"]["max_batch_tokens"]
+    assert jobs.changed(wanted, old, ["model.from"]) == []
+    old["rollout"]["temperature"] = 0.5
+    old["rollout"]["forgotten"] = 1  # a setting that is no more
+    assert "rollout.temperature: 0.5 → 1.0" in jobs.changed(wanted, old, ["model.from"])

@@ -1,0 +1,112 @@
+"""The runner, with a stand-in for `python -m rl train`: order, cores, budget, failures, and going on."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from papers import jobs, machine, runner, study
+from rl import files
+from rl.errors import RunFailed, UserError
+from tests import papers_helper
+
+PAPER = """
+title = "T"
+question = "Q?"
+seeds = [0, 1]
+[[run]]
+name = "start"
+config = "configs/tiny/sft.toml"
+seeds = [0]
+[[run]]
+name = "grpo"
+config = "configs/tiny/grpo.toml"
+builds_on = { "model.from" = "start" }
+"""
+# notes what it was given; fails or lingers where a file says so
+TRAIN = """
+import json, os, pathlib, sys, time, tomllib
+config = tomllib.loads(pathlib.Path(sys.argv[2]).read_text())
+name = config["run"]["name"]
+said = {"args": sys.argv[3:], "cores": sorted(os.sched_getaffinity(0)), "threads": os.environ["OMP_NUM_THREADS"]}
+said |= {"began": time.monotonic(), "config": config}
+pathlib.Path("said").mkdir(exist_ok=True)
+try:
+    if os.path.exists("fail-" + name):
+        sys.exit("bad luck")
+    while os.path.exists("linger-" + name):
+        time.sleep(0.02)
+except KeyboardInterrupt:
+    pathlib.Path("said", name + ".saved").write_text("")
+    sys.exit(130)
+final = pathlib.Path("models/final", name)
+final.mkdir(parents=True, exist_ok=True)
+for file in ("run.json", "metrics.jsonl", "samples.jsonl"):
+    final.joinpath(file).write_text("{}")
+said["ended"] = time.monotonic()
+pathlib.Path("said", name + ".json").write_text(json.dumps(said))
+"""
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    papers_helper.house(tmp_path)
+    files.write_text(tmp_path / "papers" / "some" / "paper.toml", PAPER)
+    files.write_text(tmp_path / "rl" / "__main__.py", TRAIN)
+    return tmp_path
+
+
+def load(root: Path) -> study.Study:
+    return study.load(study.find(root, "some"), root)
+
+
+def said(root: Path, name: str) -> dict:
+    return json.loads((root / "said" / f"{name}.json").read_text())
+
+
+def test_children_start_when_their_parent_is_done_each_on_its_cores(root: Path) -> None:
+    out = root / "out"
+    assert runner.make(load(root), root, runner.Settings(jobs=2, threads=1, out=out)) == {}
+    start, *rest = (said(root, f"some.{stem}") for stem in ("start-seed0", "grpo-seed0", "grpo-seed1"))
+    assert all(one["began"] >= start["ended"] for one in rest)
+    assert start["threads"] == "1"
+    cores = machine.cores()
+    if len(cores) > 1:
+        assert {tuple(one["cores"]) for one in rest} <= {(core,) for core in cores[:2]}
+    assert rest[0]["config"]["model"]["from"] == "start-seed0.toml"
+    assert (out / "some.grpo-seed1" / "run.json").is_file()
+    about = json.loads((out / "some.grpo-seed1" / "machine.json").read_text())
+    assert about["cores_a_run"] == 1
+    assert about["lock"] == jobs.locked(root)
+
+
+def test_what_a_failed_run_would_have_made_is_not_tried(root: Path) -> None:
+    (root / "fail-some.start-seed0").touch()
+    failed = runner.make(load(root), root, runner.Settings(jobs=2, threads=1))
+    assert failed["some.start-seed0"] == "exit 1: bad luck"
+    assert failed["some.grpo-seed1"] == "some.start-seed0, which it needs, failed"
+    assert not (root / "said" / "some.grpo-seed0.json").exists()
+
+
+def test_at_the_end_of_its_time_children_save(root: Path) -> None:
+    """Trap: a child that is killed instead of asked loses all since its last checkpoint."""
+    (root / "linger-some.grpo-seed0").touch()
+    with pytest.raises(RunFailed, match="time is up: 1 runs are left"):
+        runner.make(load(root), root, runner.Settings(jobs=2, threads=1, budget=2.0))
+    assert (root / "said" / "some.grpo-seed0.saved").exists()
+    assert said(root, "some.grpo-seed1")
+
+
+def test_one_run_alone_brings_its_parent_along(root: Path) -> None:
+    assert runner.make(load(root), root, runner.Settings(only=("grpo",)), ["some.grpo-seed1"]) == {}
+    assert sorted(path.stem for path in (root / "said").iterdir()) == ["some.grpo-seed1", "some.start-seed0"]
+    with pytest.raises(UserError, match="--only gpro: no run of this study, valid: grpo, start"):
+        runner.make(load(root), root, runner.Settings(only=("gpro",)))
+
+
+def test_cores_are_dealt_out_once() -> None:
+    assert machine.slots(range(16), 7, 2) == [[2 * i, 2 * i + 1] for i in range(7)]
+    assert machine.slots(range(3), 7, 2) == [[0, 1]]
+    assert machine.slots([5], 1, 2) == [[5]]
+    assert machine.cores() == sorted(os.sched_getaffinity(0))
