@@ -4,7 +4,7 @@ import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub is imported: a test that reaches for the hub must fail
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,17 @@ def _make_config(base: str, root: Path = Path(), seed: int = 0, **model: Any) ->
         data=config.Data(source="arithmetic", train_size=8),
         trainer=config.Trainer(algorithm="sft"),
     )
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """torch on one thread: products of tiny models end sooner than threads meet, on a busy machine ten times so."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")

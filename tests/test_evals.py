@@ -17,8 +17,8 @@ from rl.errors import UserError
 ROOT = Path(__file__).resolve().parent.parent
 
 
-@pytest.fixture(scope="session")
-def measured(tmp_path_factory: pytest.TempPathFactory) -> Path:
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory: pytest.TempPathFactory, one_thread: None) -> Path:
     """A checkout after `python -m evals`: results and tables of both runs and their base."""
     import torch
     from peft import LoraConfig, get_peft_model

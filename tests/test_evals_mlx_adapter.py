@@ -23,7 +23,7 @@ TOLERANCE = 1e-4  # of a log-likelihood, float32 on both sides
 
 
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Path | None]]:
+def folders(tmp_path_factory: pytest.TempPathFactory, one_thread: None) -> dict[str, tuple[Path, Path | None]]:
     """Model folder and adapter of each kind, taught nothing; do not change their files."""
     root = tmp_path_factory.mktemp("models")
     made: dict[str, tuple[Path, Path | None]] = {

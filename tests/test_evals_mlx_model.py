@@ -31,7 +31,7 @@ Pair = tuple[HFLM, MLXModel]
 
 
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Path | None]]:
+def folders(tmp_path_factory: pytest.TempPathFactory, one_thread: None) -> dict[str, tuple[Path, Path | None]]:
     """Model folder and adapter of each family; do not change their files."""
     root = tmp_path_factory.mktemp("models")
     made: dict[str, tuple[Path, Path | None]] = {name: (write(root / name, name), None) for name in FAMILIES[:3]}
