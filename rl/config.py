@@ -93,25 +93,14 @@ class Task:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Data:
-    """[data]: prompts and answers."""
+class Rows:
+    """What says which rows a source gives; each key is read by the sources it names."""
 
-    source: Literal["arithmetic", "reasoning-gym", "jsonl", "hub", "environment"] = key(
-        "where the rows come from; environment: the rows() of [rollout] environment"
-    )
-    from_: str | None = key(
-        "another config, relative to this one; train on the pairs its run has sampled (source gives the held-out rows)",
-        None,
-    )
-    train_size: int = key("rows to train on, at most", least=1)
-    seed: int = key("seed of generation, shuffling and the held-out split", 0, least=0, most=2**32 - 1)
+    source: Literal["arithmetic", "reasoning-gym", "jsonl", "hub"] = key("where the rows come from")
     shots: int = key(
         "worked examples in front of each question (arithmetic, reasoning-gym); with the calculator, calls of it",
         0,
         least=0,
-    )
-    form: Literal["plain", "chat", "char"] = key(
-        "plain text, chat messages, or single characters for the tiny model", "plain"
     )
     path: str | None = key(
         "jsonl: file of the rows, relative to this config, with columns prompt and answer; dpo, orpo, cpo and reward "
@@ -127,8 +116,48 @@ class Data:
     operation: Literal["+", "-", "*"] = key("arithmetic: what a and b are combined with", "+")
     max_a: int = key("arithmetic: a is 0 to max_a", 50, least=0)
     max_b: int = key("arithmetic: b is 0 to max_b", 9, least=0)
-    system: str | None = key("system message of the chat form", None)
     tasks: tuple[Task, ...] = field(default=(), metadata={"toml": "task"})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part(Rows):
+    """[[data.mix]]: one of several sources, for source = "mix"; seed, form and system are those of [data]."""
+
+    weight: float = key(
+        "share of the rows, relative to the others; a source with fewer rows repeats them", 1.0, above=0
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Curriculum:
+    """[data.curriculum]: train on the questions that the start answers right sometimes, found by asking it first."""
+
+    min_pass: float = key(
+        "least share of right answers (by [eval] metric) of a question to keep", 0.05, least=0, most=1
+    )
+    max_pass: float = key("largest share of right answers of a question to keep", 0.95, least=0, most=1)
+    samples: int = key("answers drawn to each question, as [rollout] says", 8, least=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Data(Rows):
+    """[data]: prompts and answers."""
+
+    source: Literal["arithmetic", "reasoning-gym", "jsonl", "hub", "environment", "mix"] = key(
+        "where the rows come from; environment: the rows() of [rollout] environment; mix: [[data.mix]]"
+    )
+    from_: str | None = key(
+        "another config, relative to this one; train on the pairs its run has sampled (source gives the held-out rows)",
+        None,
+    )
+    train_size: int = key("rows to train on, at most", least=1)
+    seed: int = key("seed of generation, shuffling and the held-out split", 0, least=0, most=2**32 - 1)
+    form: Literal["plain", "chat", "char"] = key(
+        "plain text, chat messages, or single characters for the tiny model", "plain"
+    )
+    system: str | None = key("system message of the chat form", None)
+    mix: tuple[Part, ...] | None = None
+    curriculum: Curriculum | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -317,7 +346,7 @@ def _home(name: str) -> str | None:
         "model.quantization": Quantization,
         "model.tiny": TinyModel,
     }
-    tables |= {"data": Data, "rollout": Rollout, "eval": Eval}
+    tables |= {"data": Data, "data.curriculum": Curriculum, "rollout": Rollout, "eval": Eval}
     places = [f"[{table}]" for table, cls in tables.items() if name in keys_of(cls)]
     if not places and any(name in trl_fields.arguments(algorithm) for algorithm in trl_fields.CLASSES):
         places = [] if trl_fields.home_of(name) else ["[trainer]"]

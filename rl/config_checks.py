@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rl import config_builds, config_ppo, config_preferences, config_tools, reporting, trl_fields
+from rl import config_builds, config_mix, config_ppo, config_preferences, config_tools, reporting, trl_fields
 from rl.algorithms import GROUPED, ONLINE, PREFERENCES, defaults
 from rl.config_read import Source
 from rl.errors import UserError
@@ -44,7 +44,8 @@ def check(config: Config, source: Source) -> None:
     config_builds.check(config, source)
     reporting.check(config, source)
     _check_model(config, source)
-    _check_data(config, source)
+    check_data(config, source)
+    config_mix.check(config, source)
     _check_rollout(config, source)
     config_tools.check(config, source)
     _check_rewards(config, source)
@@ -113,7 +114,7 @@ def _is_bitsandbytes(base: str) -> bool:
         return False  # another kind of base, or one whose loading says what is wrong with it
 
 
-def _check_data(config: Config, source: Source) -> None:
+def check_data(config: Config, source: Source) -> None:
     data = config.data
     if data.source == "jsonl" and data.path is None:
         raise source.table_error(("data",), "path: missing, source = 'jsonl' needs the file of its rows")

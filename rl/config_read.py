@@ -16,7 +16,7 @@ from typing import Any, Literal, Union
 from rl.errors import UserError
 
 Where = tuple[str | int, ...]  # keys from the top of the file down, e.g. ("reward", 0, "weight")
-LONGEST_LIST = 16  # a longer list of valid names helps nobody on one line
+LONGEST_LIST = 18  # a longer list of valid names helps nobody on one line
 SHORT_LIST = 8  # up to here the list is given beside the nearest name
 
 
@@ -237,7 +237,12 @@ def keys_of(cls: type) -> dict[str, tuple[Field[Any], Any]]:
 
 def table_of(wanted: Any) -> type | None:
     """The dataclass in a type like `Lora | None` or `tuple[Reward, ...]`, or None."""
-    return next((part for part in (wanted, *typing.get_args(wanted)) if is_dataclass(part)), None)
+    return next((part for part in (wanted, *typing.get_args(_listed(wanted))) if is_dataclass(part)), None)
+
+
+def _listed(wanted: Any) -> Any:
+    """The tuple in a type like `tuple[Part, ...] | None`, else the type itself."""
+    return next((part for part in typing.get_args(wanted) if typing.get_origin(part) is tuple), wanted)
 
 
 @functools.cache
@@ -258,7 +263,7 @@ def _tables(cls: type) -> list[str]:
 
 def _read_value(wanted: Any, value: Any, f: Field[Any], source: Source, where: Where) -> Any:
     inner = table_of(wanted)
-    if inner is not None and typing.get_origin(wanted) is tuple:
+    if inner is not None and typing.get_origin(_listed(wanted)) is tuple:
         if not isinstance(value, list) or not all(isinstance(item, dict) for item in value):
             raise source.error(where, f"found {_show(value)}, valid: tables written as [{_table(where)}]")
         return tuple(read(inner, item, source, (*where, i)) for i, item in enumerate(value))

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rl import files, pairs, record, run
+from rl import curriculum, files, pairs, record, run
 from rl.config import Config
 from rl.display import Display, Sample
 
@@ -40,6 +40,8 @@ def finish(opened: run.OpenRun, results: Results, save: Callable[[Path], None], 
     write_jsonl(stage / "heldout.jsonl", results.heldout)
     if (opened.folder / pairs.FILE).exists():  # what a run has sampled to train on is part of its result
         files.write_bytes(stage / pairs.FILE, (opened.folder / pairs.FILE).read_bytes())
+    if (opened.folder / curriculum.FILE).exists():
+        files.write_bytes(stage / curriculum.FILE, (opened.folder / curriculum.FILE).read_bytes())
     write_jsonl(stage / "samples.jsonl", results.samples)
     final = run.finish(opened)
     display.result(

@@ -178,7 +178,7 @@ def _work(
     toolbox: Any = None,
 ) -> None:
     """From a loaded base to a finished run folder; `made` are the folders of what the run builds on, by role."""
-    from rl import finish, measure, pairs, rewards, start
+    from rl import curriculum, finish, measure, pairs, rewards, start
     from rl.algorithms import base as algorithms
     from rl.algorithms import seam
 
@@ -235,6 +235,8 @@ def _work(
     if pairs.wanted(config, job.train):
         parent = next((p["name"] for p in opened.record.parents if p["role"] == "model.from"), None)
         job.train = pairs.for_job(job, sampler, {"run": parent, **opened.record.base}, display)
+    if config.data.curriculum is not None:
+        job.train = curriculum.for_job(job, sampler, begin.sha256, ROOT, display)
     fit(job)
     display.stage(f"after: {len(dataset.heldout)} held-out questions, greedy")
     if config.rollout.engine == "mlx":

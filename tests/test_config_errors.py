@@ -17,8 +17,8 @@ BAD_FILES = {
     ),
     "unknown key, none near": (
         GRPO.replace("[data]", "[data]\nzzz = 1"),
-        "x.toml: [data] unknown key 'zzz', valid: form, from, heldout_path, heldout_split, max_a, max_b, name, "
-        "operation, path, seed, shots, source, split, system, task, train_size",
+        "x.toml: [data] unknown key 'zzz', valid: curriculum, form, from, heldout_path, heldout_split, max_a, max_b, "
+        "mix, name, operation, path, seed, shots, source, split, system, task, train_size",
     ),
     "key of another table": (
         GRPO.replace("[run]", "[run]\ntemperature = 1.0"),

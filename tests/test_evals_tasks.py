@@ -78,7 +78,7 @@ def test_sums_are_the_questions_grpo_keeps() -> None:
 def _questions(task: str, prompt: str) -> list[str]:
     """What names each question of a prompt in any wording and order: the worked examples, then the one asked."""
     parts = [part.rpartition("\nAnswer:")[0] for part in prompt.split("Question: ")[1:]]
-    return [gym._keys(task, part.strip())[1] for part in parts]
+    return [gym.keys(task, part.strip())[1] for part in parts]
 
 
 @pytest.mark.parametrize("path", GYM_CONFIGS, ids=lambda path: path.stem)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rl.data import arithmetic, environments, gym, tables
+from rl.data import arithmetic, environments, gym, mix, tables
 from rl.errors import UserError
 from rl.files import sha256_json, write_text
 
@@ -49,19 +49,27 @@ def build(config: "Config", sampled: Path | None = None) -> Dataset:
         )
     if data.tasks and data.source != "reasoning-gym":
         raise UserError(f"{where} task: only source 'reasoning-gym' has tasks, found source = '{data.source}'")
-    readers = {
+    readers: dict[str, mix.Reader] = {
         "arithmetic": arithmetic.rows,
         "reasoning-gym": gym.rows,
         "jsonl": tables.jsonl_rows,
         "hub": tables.hub_rows,
         "environment": environments.rows,
+        "mix": lambda config: mix.rows(config, readers),
     }
     train, heldout = readers[data.source](config)
     if sampled is not None:
         train = tables.of_run(sampled, config, heldout)
-    named = {"jsonl": f"jsonl:{data.path}", "hub": f"hub:{data.name}"}
-    source = named.get(data.source, data.source) if sampled is None else f"pairs of {sampled.name}"
+    source = _named(data) if sampled is None else f"pairs of {sampled.name}"
     return Dataset(source, sha256_json({"train": train, "heldout": heldout}), train, heldout)
+
+
+def _named(data: Any) -> str:
+    """A source with its file or id, as the record names it."""
+    if data.source == "mix":
+        return "mix of " + ", ".join(_named(part) for part in data.mix)
+    named = {"jsonl": f"jsonl:{data.path}", "hub": f"hub:{data.name}"}
+    return named.get(data.source, data.source)
 
 
 def export(dataset: Dataset, folder: Path) -> tuple[Path, Path]:

@@ -99,7 +99,7 @@ def rows(config: "Config") -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
         raise UserError(f"{config.path}: [data] form = 'char': reasoning-gym asks in words, use 'chat' or 'plain'")
     load(where)
     weights = [task.weight for task in data.tasks]
-    measured, trained = _shares(config.eval.size, weights), _shares(data.train_size, weights)
+    measured, trained = shares(config.eval.size, weights), shares(data.train_size, weights)
     streams = []
     for number, task in enumerate(data.tasks):
         most = data.shots + max(measured[number] / _HELDOUT_SHARE, trained[number] / (1 - _HELDOUT_SHARE))
@@ -182,7 +182,7 @@ def _items(task: "Task", number: int, most: int, seed: int, where: str) -> Itera
     repeats = 0
     for index, item in enumerate(_stream(task, number, most, seed, where)):
         question = item["question"].strip()
-        text, group = _keys(task.name, question)
+        text, group = keys(task.name, question)
         repeats += 1
         if repeats > _PATIENCE:
             break
@@ -229,7 +229,7 @@ def _stream(task: "Task", number: int, most: int, seed: int, where: str) -> Iter
         raise UserError(f"{where} '{task.name}' {task.options}: {' '.join(str(error).split())}") from error
 
 
-def _keys(task: str, question: str) -> tuple[str, str]:
+def keys(task: str, question: str) -> tuple[str, str]:
     """(the text in any case, what equivalent questions share: for REORDERABLE tasks the parts in any order)."""
     question = question.casefold()
     if task not in REORDERABLE:
@@ -263,14 +263,14 @@ def _row(item: _Item, task: str, config: "Config", shots: list[tuple[str, str]])
     }
 
 
-def _shares(total: int, weights: list[float]) -> list[int]:
+def shares(total: int, weights: list[float]) -> list[int]:
     """`total` split in proportion to `weights`, whole numbers by largest remainder."""
     exact = [total * weight / sum(weights) for weight in weights]
-    shares = [int(share) for share in exact]
-    largest = sorted(range(len(exact)), key=lambda i: shares[i] - exact[i])
-    for i in largest[: total - sum(shares)]:
-        shares[i] += 1
-    return shares
+    whole = [int(share) for share in exact]
+    largest = sorted(range(len(exact)), key=lambda i: whole[i] - exact[i])
+    for i in largest[: total - sum(whole)]:
+        whole[i] += 1
+    return whole
 
 
 @functools.cache

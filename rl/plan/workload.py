@@ -204,6 +204,12 @@ def _first_row(config: "Config") -> dict[str, Any] | None:
 def _lengths(config: "Config") -> tuple[int, int, int, str]:
     """(tokens of the longest prompt, tokens all prompts share, tokens of the longest answer, how this is known)."""
     data = config.data
+    if data.mix:
+        from rl.data import mix
+
+        found = [_lengths(part) for part in mix.parts(config)]
+        longest = max(found, key=lambda one: one[0])
+        return longest[0], min(one[1] for one in found), max(one[2] for one in found), f"{longest[3]}, of the longest"
     if data.source == "arithmetic":
         from rl.data import arithmetic
 
