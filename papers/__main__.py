@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from rl.errors import RunFailed, UserError
 
 if TYPE_CHECKING:
+    from papers.results import Kept
     from papers.runner import Settings
     from papers.study import Study
 
@@ -60,8 +61,16 @@ def _paper(argv: Sequence[str], root: Path) -> int:
 
         for name in collect.bring(found, root, args.source):
             print(f"imported: {name}")
+        if found.evaluations:
+            from papers import evaluate
+
+            evaluate.take(found, root, args.source)
     elif not args.check:
         failed = _make(found, root, args)
+        if found.evaluations:
+            from papers import evaluate
+
+            failed |= evaluate.measure(found, root, args.quick)
     from papers import build, claims, index, results, tables
 
     verdicts = build.build(found, root, args.quick)
@@ -77,19 +86,27 @@ def _paper(argv: Sequence[str], root: Path) -> int:
 
 def _make(found: "Study", root: Path, args: argparse.Namespace) -> dict[str, str]:
     """Train what has no result or an outdated one, and keep it."""
-    from papers import collect, jobs, results, runner
+    from papers import collect, runner
 
     collect.here(found, root, args.quick)
-    plan = jobs.plan(found, args.quick)
-    kept = results.load(found, root, plan, args.quick)
-    old = results.outdated(plan, kept, found, root, args.quick)
-    wanted = [job.name for job in plan if job.name not in kept or job.name in old]
+    wanted, known = _lacking(found, root, args.quick)
     if not wanted:
         return {}
     try:
-        return runner.make(found, root, _settings(args), wanted)
+        return runner.make(found, root, _settings(args), wanted, known)
     finally:  # also of what time or a failure cut short
         collect.here(found, root, args.quick)
+
+
+def _lacking(found: "Study", root: Path, quick: bool) -> "tuple[list[str], dict[str, Kept]]":
+    """Jobs without a result that is up to date, and the results that are."""
+    from papers import jobs, results
+
+    plan = jobs.plan(found, quick)
+    kept = results.load(found, root, plan, quick)
+    old = results.outdated(plan, kept, found, root, quick)
+    known = {name: one for name, one in kept.items() if name not in old}
+    return [job.name for job in plan if job.name not in known], known
 
 
 def _new(argv: Sequence[str], root: Path) -> int:
@@ -114,7 +131,8 @@ def _run(argv: Sequence[str], root: Path) -> int:
     from papers import runner, study
 
     made = argparse.ArgumentParser(
-        prog="python -m papers run", description="Make a study's missing runs, several at a time, and no report."
+        prog="python -m papers run",
+        description="Make the runs without a valid result, several at a time, and no report.",
     )
     made.add_argument("study", metavar="STUDY", help="papers/<slug>")
     _speed(made)
@@ -122,7 +140,9 @@ def _run(argv: Sequence[str], root: Path) -> int:
     made.add_argument("--only", default="", metavar="A,B", help="these runs alone, with those they build on")
     made.add_argument("--quick", action="store_true", help="at toy size")
     args = made.parse_args(list(argv))
-    return _report(runner.make(study.load(study.find(root, args.study), root), root, _settings(args)))
+    found = study.load(study.find(root, args.study), root)
+    wanted, known = _lacking(found, root, args.quick)
+    return _report(runner.make(found, root, _settings(args), wanted, known))
 
 
 def _speed(made: argparse.ArgumentParser) -> None:

@@ -55,7 +55,7 @@ def by_run(study: Study, plan: Sequence[Job], kept: Mapping[str, Kept]) -> dict[
 def singles(study: Study, plan: Sequence[Job], quick: bool) -> list[str]:
     """Runs that are made once on purpose: what others start from."""
     if quick:
-        return [spec.name for spec in study.runs if spec.seeds is not None and len(spec.seeds) == 1]
+        return [spec.name for spec in study.runs if len(study.run(spec.name).seeds or study.seeds) == 1]
     return [spec.name for spec in study.runs if len([job for job in plan if job.run == spec.name]) == 1]
 
 

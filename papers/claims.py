@@ -25,10 +25,10 @@ from papers.expression import (
     Test,
     View,
     by_seed,
-    marked,
     names,
     over_seeds,
     parse_test,
+    questions,
     value,
 )
 from papers.results import Kept
@@ -117,22 +117,27 @@ def measure(
     view = View(_common(found, used, many))
     counts = {len(view.of(name)) for name in many}
     seeds = min(counts) if counts else 0
-    asked = sorted(marked(x))
-    _same_questions(view, asked)
-    questions = len(view.of(asked[0])[0].ids) if asked else 0
+    asked = questions(x, view)
+    if len(asked) > 1:
+        raise UserError(f"{', '.join(used)}: measured on different questions, which cannot be compared")
+    many_asked = len(asked[0]) if asked else 0
     if over_seeds(x):
         return _bootstrapped(x, view, many, confidence, seeds)
     theta = value(x, view)
-    of_seeds = _jackknife([value(x, _without_seed(view, many, i)) for i in range(seeds)]) if seeds > 1 else math.nan
-    of_questions = _jackknife([value(x, replace(view, without=i)) for i in range(questions)]) if questions > 1 else 0.0
-    if asked and of_questions == 0.0 and questions:
-        of_questions = (1.5 / questions) ** 2
-    parts = [(of_seeds, seeds - 1), (of_questions, questions - 1)]
+    # made once on purpose: what is uncertain is the questions alone
+    of_seeds = 0.0 if asked and not many else math.nan
+    if seeds > 1:
+        of_seeds = _jackknife([value(x, _without_seed(view, many, i)) for i in range(seeds)])
+    without = [value(x, replace(view, without=i)) for i in range(many_asked)] if many_asked > 1 else []
+    of_questions = _jackknife(without) if without else 0.0
+    if asked and of_questions == 0.0:
+        of_questions = (1.5 / many_asked) ** 2
+    parts = [(of_seeds, seeds - 1), (of_questions, many_asked - 1)]
     variance = math.fsum(part for part, _ in parts)
     below = math.fsum(part**2 / degrees for part, degrees in parts if part and degrees > 0)
     degrees = variance**2 / below if below else math.inf
-    made = estimate(theta, math.sqrt(variance) if variance >= 0 else math.nan, seeds or questions, confidence, degrees)
-    return Measured(made, of_seeds, of_questions, seeds, questions, "jackknife")
+    made = estimate(theta, math.sqrt(variance) if variance >= 0 else math.nan, seeds or many_asked, confidence, degrees)
+    return Measured(made, of_seeds, of_questions, seeds, many_asked, "jackknife")
 
 
 def _bootstrapped(x: ast.expr, view: View, many: Sequence[str], confidence: float, seeds: int) -> Measured:
@@ -169,12 +174,6 @@ def _common(found: Mapping[str, Sequence[Kept]], used: Sequence[str], many: Sequ
 def _without_seed(view: View, many: Sequence[str], i: int) -> View:
     runs = {name: [*kept[:i], *kept[i + 1 :]] if name in many else kept for name, kept in view.runs.items()}
     return View(runs, view.without)
-
-
-def _same_questions(view: View, asked: Sequence[str]) -> None:
-    lists = {tuple(kept.ids) for name in asked for kept in view.of(name)}
-    if len(lists) > 1:
-        raise UserError(f"{', '.join(asked)}: measured on different questions, which cannot be compared")
 
 
 def _jackknife(values: Sequence[float]) -> float:

@@ -6,6 +6,7 @@ A run is named as paper.toml names it. Parsed by `ast`; whatever is not listed h
 elsewhere can do nothing but compute. Every function of a run is its mean over the run's seeds:
 
 - `accuracy(run)`, `start(run)`: share of held-out questions right after and before training;
+- `score(run, "gym_gcd")`: the mean mark of an [[evaluation]]'s lm-eval task;
 - `field(run, "rollout.ess")`: a number of run.json; `tokens_per_s`, `dlogp`, `ess`, `sync_s`, `sync_bytes`, `wall_s`,
   `steps`, `completion_tokens`, `memory` are such fields; `step_s(run)`: seconds a step, first logged step to last;
 - `mean(run, "kl")`, `early`, `late`, `peak`: a logged value over all steps, their first and last tenth, and the highest
@@ -41,7 +42,7 @@ FIELDS = {
     "completion_tokens": "tokens.completion",
     "memory": "peak_memory_bytes",
 }
-MARKED = ("accuracy", "start")  # of questions
+MARKED = ("accuracy", "start", "score")  # of questions
 LOGGED = ("mean", "early", "late", "peak")
 OVER_SEEDS = {"iqm": 1, "improvement": 2}
 PLAIN: dict[str, Callable[[float], float]] = {"abs": abs, "sqrt": math.sqrt}
@@ -151,7 +152,7 @@ def _check(node: ast.AST, runs: Sequence[str], text: str) -> None:
     if name not in functions or node.keywords:
         raise wrong(f"no function {name or ast.unparse(node.func)!r}, {nearest(name, functions)}")
     nested = 1 if name in PLAIN else OVER_SEEDS.get(name, 0)
-    wanted = nested or (2 if name in ("field", *LOGGED) else 1)
+    wanted = nested or (2 if name in ("field", "score", *LOGGED) else 1)
     if len(node.args) != wanted:
         raise wrong(f"{name} takes {wanted} argument{'s' if wanted > 1 else ''}, found {len(node.args)}")
     if nested:
@@ -179,10 +180,14 @@ def names(node: ast.AST) -> set[str]:
     return {str(first.value) for first in firsts if isinstance(first, ast.Constant)}
 
 
-def marked(node: ast.AST) -> set[str]:
-    """The runs whose held-out questions it is about."""
+def questions(node: ast.AST, view: "View") -> list[list[str]]:
+    """The different lists of questions that it is about; none where it is about no marks. Raises Missing."""
     calls = [call for call in ast.walk(node) if isinstance(call, ast.Call) and _called(call) in MARKED]
-    return {str(call.args[0].value) for call in calls if isinstance(call.args[0], ast.Constant)}
+    found = []
+    for call in calls:
+        run, *rest = [str(part.value) for part in call.args if isinstance(part, ast.Constant)]
+        found += [tuple(_asked(_called(call), kept, tuple(rest))) for kept in view.of(run)]
+    return [list(ids) for ids in dict.fromkeys(found)]
 
 
 def over_seeds(node: ast.AST) -> bool:
@@ -226,15 +231,33 @@ def by_seed(node: ast.expr, view: View) -> list[float]:
 def _of_seed(name: str, kept: Kept, rest: Sequence[str], without: int | None) -> float:
     """A function of a run for one seed."""
     if name in MARKED:
-        marks = kept.after if name == "accuracy" else kept.before
-        right = _right(kept, name)
+        marks = _marks(name, kept, tuple(rest))
+        right = _right(name, kept, tuple(rest))
         return right / len(marks) if without is None else (right - marks[without]) / (len(marks) - 1)
     return _of_run(name, kept, tuple(rest))
 
 
+def _asked(name: str, kept: Kept, rest: tuple[str, ...]) -> Sequence[str]:
+    """The questions of a function of marks, in the order of the marks."""
+    return kept.ids if name != "score" else sorted(_task(kept, rest[0]))
+
+
 @cache
-def _right(kept: Kept, name: str) -> int:
-    return sum(kept.after if name == "accuracy" else kept.before)
+def _marks(name: str, kept: Kept, rest: tuple[str, ...]) -> Sequence[float]:
+    if name == "score":
+        return [mark for _, mark in sorted(_task(kept, rest[0]).items())]
+    return kept.after if name == "accuracy" else kept.before
+
+
+@cache
+def _right(name: str, kept: Kept, rest: tuple[str, ...]) -> float:
+    return math.fsum(_marks(name, kept, rest))
+
+
+def _task(kept: Kept, task: str) -> dict[str, float]:
+    if not kept.scores.get(task):
+        raise Missing(f"{kept.record.name}: task {task!r} was not measured")
+    return kept.scores[task]
 
 
 @cache

@@ -7,7 +7,7 @@ machine, and the locked versions at that time. Weights, texts and the other logg
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ class Kept:
     ids: list[str]
     before: list[int]
     after: list[int]
+    scores: dict[str, dict[str, float]] = field(default_factory=dict)  # lm-eval's, by task: question -> mark
 
     @property
     def logged(self) -> list[tuple[int, float]]:
@@ -83,6 +84,7 @@ def save(kept: Kept, path: Path) -> None:
             "before": "".join(map(str, kept.before)),
             "after": "".join(map(str, kept.after)),
         },
+        "scores": kept.scores,
     }
     lines = [f'  "{key}": {json.dumps(value, ensure_ascii=False, allow_nan=False)},' for key, value in raw.items()]
     columns = [f"    {json.dumps(name)}: {json.dumps(column)}" for name, column in kept.metrics.items()]
@@ -103,6 +105,7 @@ def read(path: Path) -> Kept:
             asked["ids"].split(" ") if isinstance(asked["ids"], str) else asked["ids"],
             [int(mark) for mark in asked["before"]],
             [int(mark) for mark in asked["after"]],
+            raw.get("scores", {}),
         )
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path}: no result of a study ({error!r}); remove it and make or import it again") from None
@@ -157,31 +160,43 @@ def _parents(job: Job, own: Record, made: Mapping[str, Record]) -> list[str]:
     return why
 
 
-def here(jobs: Sequence[Job], study: Study, root: Path, quick: bool = False) -> dict[str, Record]:
-    """Jobs whose run lies finished in models/final with the inputs it would have now, on this machine."""
+def here(
+    jobs: Sequence[Job], study: Study, root: Path, quick: bool = False, known: Mapping[str, Kept] | None = None
+) -> dict[str, Record]:
+    """Jobs whose run lies finished in models/final with the inputs it would have now, on this machine.
+
+    `known` are results that tell the time of runs that are not there themselves.
+    """
     by_name, found = {job.name: job for job in jobs}, {}
     versions = record.versions(COMPUTING)
     for job in jobs:
         path = root / "models" / "final" / job.name
-        if not (path / "run.json").is_file() or any(name not in found for name in job.needs):
+        needed = [name for name in job.needs if name in job.parents.values() or name not in (known or {})]
+        if not (path / "run.json").is_file() or any(name not in found for name in needed):
             continue
         own = record.read(path)
         same = {name: own.packages.get(name) for name in COMPUTING} == versions
         if own.status != "finished" or not same or _parents(job, own, found):
             continue
-        steps = max_steps(job, root, quick)
+        steps = max_steps(job, root, quick, known)
         wanted = plans.resolved(job, plans.folder(study, root, quick), root, by_name, steps)
         if not plans.changed(wanted, own.config, list(job.parents)):
             found[job.name] = own
     return found
 
 
-def max_steps(job: Job, root: Path, quick: bool = False) -> int | None:
-    """The steps of a timed job, from the runs in models/final whose time it follows; None for any other job."""
+def max_steps(job: Job, root: Path, quick: bool = False, known: Mapping[str, Kept] | None = None) -> int | None:
+    """The steps of a timed job, from the runs whose time it follows: `known` ones, else those in models/final.
+
+    None for any other job.
+    """
     if job.timed is None:
         return None
     times = []
     for name in job.timed:
+        if known and name in known:
+            times.append(plans.timing(known[name].record, known[name].logged))
+            continue
         path = root / "models" / "final" / name
         rows = record.read_metrics(path / "metrics.jsonl")
         times.append(plans.timing(record.read(path), [(row["step"], row["wall_s"]) for row in rows]))

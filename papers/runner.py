@@ -19,6 +19,7 @@ from typing import Any
 from papers import jobs as plans
 from papers import machine, results
 from papers.jobs import Job
+from papers.results import Kept
 from papers.study import Study
 from rl import checkpoints, files, record
 from rl.errors import RunFailed, UserError
@@ -53,29 +54,39 @@ class _Child:
 
 @dataclass
 class _State:
-    """Jobs by what has become of them."""
+    """Jobs by what has become of them; `known` tells the time of runs that are not made here."""
 
+    known: Mapping[str, Kept] = field(default_factory=dict)
     done: set[str] = field(default_factory=set)
     failed: dict[str, str] = field(default_factory=dict)
     running: dict[str, _Child] = field(default_factory=dict)
 
 
-def make(study: Study, root: Path, settings: Settings, wanted: Sequence[str] | None = None) -> dict[str, str]:
+def make(
+    study: Study,
+    root: Path,
+    settings: Settings,
+    wanted: Sequence[str] | None = None,
+    known: Mapping[str, Kept] | None = None,
+) -> dict[str, str]:
     """Make the `wanted` jobs (all if None) and what they need; returns what failed, with the reason, by job.
+
+    `known` are valid results: a run that only tells another its time need not be made again where its result is.
 
     Raises RunFailed where time was up before all was done, KeyboardInterrupt on Ctrl-C; finished runs are kept.
     """
     jobs = plans.plan(study, settings.quick)
     by_name = {job.name: job for job in jobs}
-    chosen = _closure(by_name, _chosen(jobs, wanted, settings.only))
+    known = known or {}
+    chosen = _closure(by_name, _chosen(jobs, wanted, settings.only), known)
     jobs = [job for job in jobs if job.name in chosen]
     groups = machine.slots(machine.cores(), settings.jobs, settings.threads)
     if settings.device is not None:
         jobs = [_on(job, settings.device) for job in jobs]
         by_name = {job.name: job for job in jobs}
     about = {**machine.describe(), "slots": len(groups), "cores_a_run": len(groups[0]), "lock": plans.locked(root)}
-    ready = results.here(jobs, study, root, settings.quick)
-    state = _State(done=set(ready))
+    ready = results.here(jobs, study, root, settings.quick, known)
+    state = _State(done=set(ready), known=known)
     began = time.monotonic()
     _say(f"{study.slug}: {len(jobs)} runs, {len(ready)} finished already; {len(groups)} at a time on "
          f"{len(groups[0])} cores each; {machine.in_words(about)}")  # fmt: skip
@@ -118,7 +129,7 @@ def _chosen(jobs: Sequence[Job], wanted: Sequence[str] | None, only: Sequence[st
     return [job.name for job in jobs if (wanted is None or job.name in wanted) and (not only or job.run in only)]
 
 
-def _closure(by_name: Mapping[str, Job], names: Sequence[str]) -> set[str]:
+def _closure(by_name: Mapping[str, Job], names: Sequence[str], known: Mapping[str, Kept]) -> set[str]:
     """Jobs and all that they need."""
     found: set[str] = set()
     todo = list(names)
@@ -126,8 +137,13 @@ def _closure(by_name: Mapping[str, Job], names: Sequence[str]) -> set[str]:
         name = todo.pop()
         if name not in found:
             found.add(name)
-            todo += by_name[name].needs
+            todo += _needed(by_name[name], known)
     return found
+
+
+def _needed(job: Job, known: Mapping[str, Kept]) -> list[str]:
+    """What must be finished here before a job: its parents' weights, and times that no result tells."""
+    return [name for name in job.needs if name in job.parents.values() or name not in known]
 
 
 def _on(job: Job, device: str) -> Job:
@@ -136,7 +152,7 @@ def _on(job: Job, device: str) -> Job:
 
 
 def _can_start(jobs: Sequence[Job], state: _State) -> bool:
-    return any(_waiting(job, state) and set(job.needs) <= state.done for job in jobs)
+    return any(_waiting(job, state) and set(_needed(job, state.known)) <= state.done for job in jobs)
 
 
 def _waiting(job: Job, state: _State) -> bool:
@@ -156,16 +172,16 @@ def _start_ready(
     for job in jobs:
         if not _waiting(job, state):
             continue
-        if broken := [name for name in job.needs if name in state.failed]:
+        if broken := [name for name in _needed(job, state.known) if name in state.failed]:
             state.failed[job.name] = f"{broken[0]}, which it needs, failed"
             continue
         taken = {child.slot for child in state.running.values()}
         free = [number for number in range(len(groups)) if number not in taken]
         if not free:
             return
-        if set(job.needs) <= state.done:
+        if set(_needed(job, state.known)) <= state.done:
             try:
-                state.running[job.name] = _start(study, root, settings, job, by_name, free[0], groups[free[0]])
+                state.running[job.name] = _start(study, root, settings, job, by_name, state, free[0], groups[free[0]])
             except UserError as error:
                 state.failed[job.name] = str(error)
 
@@ -176,11 +192,12 @@ def _start(
     settings: Settings,
     job: Job,
     by_name: Mapping[str, Job],
+    state: _State,
     slot: int,
     group: Sequence[int],
 ) -> _Child:
     where = plans.folder(study, root, settings.quick)
-    path = plans.write(job, where, root, by_name, results.max_steps(job, root, settings.quick))
+    path = plans.write(job, where, root, by_name, results.max_steps(job, root, settings.quick, state.known))
     environment = {**os.environ, "TOKENIZERS_PARALLELISM": "false", **dict.fromkeys(THREADS, str(len(group)))}
     log = where / "logs" / f"{job.stem}.log"
     log.parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""`paper.toml`: a study's runs and claims, read and checked. Nothing heavy is imported."""
+"""`paper.toml`: a study's runs, evaluations and claims, read and checked. Nothing heavy is imported."""
 
 import re
 from dataclasses import dataclass, field
@@ -40,6 +40,14 @@ class Quick:
     runs: tuple[str, ...] = key("the runs to make; those they build on come too", ())
     seeds: tuple[int, ...] = key("in place of the study's", (0, 1))
     set: tuple[str, ...] = key("overrides of every run, after its own", ())
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """[[evaluation]]: an lm-eval task measured on runs, beside the held-out check that every run makes itself."""
+
+    task: str = key("a task of evals/tasks, or one of lm-eval's")
+    runs: tuple[str, ...] = key("the runs it is measured on")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,6 +97,7 @@ class Study:
     )
     quick: Quick = field(default_factory=Quick)
     runs: tuple[RunSpec, ...] = field(default=(), metadata={"toml": "run"})
+    evaluations: tuple[Evaluation, ...] = field(default=(), metadata={"toml": "evaluation"})
     claims: tuple[Claim, ...] = field(default=(), metadata={"toml": CLAIMS})
     tables: tuple[Table, ...] = field(default=(), metadata={"toml": "table"})
     figures: tuple[Figure, ...] = field(default=(), metadata={"toml": "figure"})
@@ -145,7 +154,11 @@ def load(path: Path, root: Path) -> Study:
         _check_run(study, spec, source, number)
     known = {spec.name for spec in study.runs}
     users = [("quick", None, study.quick.runs)]
-    for kind, entries in (("table", study.tables), ("figure", study.figures)):
+    for kind, entries in (
+        ("evaluation", study.evaluations),
+        ("table", study.tables),
+        ("figure", study.figures),
+    ):
         users += [(kind, number, entry.runs) for number, entry in enumerate(entries)]
     for kind, number, names in users:
         for name in names:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from papers import __main__ as cli
-from papers import build, claims, collect, index, jobs, results, runner, study, tables, template
+from papers import build, claims, collect, evaluate, expression, index, jobs, results, runner, study, tables, template
 from papers.results import Kept
 from rl import files
 from rl.algorithms import ALGORITHMS
@@ -136,7 +136,9 @@ def test_quick_makes_all_of_it_below_build(
     """Trap: toy results beside real ones. Training is stood in for; the next time nothing is made."""
     asked = []
 
-    def make(one: study.Study, root: Path, settings: runner.Settings, wanted: list[str]) -> dict[str, str]:
+    def make(
+        one: study.Study, root: Path, settings: runner.Settings, wanted: list[str], known: dict[str, Kept]
+    ) -> dict[str, str]:
         asked.append(wanted)
         for job, kept in papers_helper.made(root, one, jobs.plan(one, quick=True), lambda run, seed: 0.5):
             papers_helper.write_run(root / "models" / "final", kept, job.name)
@@ -152,6 +154,21 @@ def test_quick_makes_all_of_it_below_build(
     assert json.loads((root / "build" / "papers" / "some-quick" / "report.json").read_text())["toy"]
     assert "build/papers/some-quick/report.pdf" in capsys.readouterr().out
     assert {path: path.read_bytes() for path in (root / "papers").rglob("*") if path.is_file()} == committed
+
+
+def test_evaluations_are_asked_for_until_they_are_kept(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = root / "papers" / "some" / "paper.toml"
+    path.write_text(path.read_text() + '[[evaluation]]\ntask = "gcd"\nruns = ["start"]\n')
+    one = load(root)
+    assert evaluate.wanted(one, root) == [("some.start-seed0", "gcd")]
+    assert "weights are not here" in evaluate.measure(one, root)["some.start-seed0"]
+    files.write_text(root / "away" / "some.start-seed0" / "results" / "gcd.json", "{}")
+    monkeypatch.setattr(evaluate, "_marks", lambda name, path: {"q1": 1.0, "q0": 0.5})
+    evaluate.take(one, root, root / "away")
+    assert evaluate.wanted(one, root) == []
+    kept = results.load(one, root, jobs.plan(one))["some.start-seed0"]
+    found = claims.measure(expression.parse("score(start, 'gcd')", ["start"]), {"start": [kept]}, ["start"])
+    assert (found.estimate.value, found.estimate.stderr) == (0.75, pytest.approx(0.25))
 
 
 @pytest.mark.parametrize(

@@ -206,3 +206,22 @@ def test_where_questions_are_too_few_no_number_of_seeds_helps() -> None:
     share = reference.norm.ppf(0.975) + reference.norm.ppf(0.8)
     wanted = share**2 * stdev(marks[0]) ** 2 / 0.05**2
     assert int(verdict.need.split()[-2]) == math.ceil(wanted)
+
+
+def test_a_score_of_lm_eval_is_paired_by_its_questions() -> None:
+    """In whatever order the two files hold them; a task that was not measured is not run."""
+    draw = random.Random(2)
+    a, b = several("a", [[1]] * 3), several("b", [[1]] * 3)
+    for left, right in zip(a, b, strict=True):
+        names = [f"h{i}" for i in range(30)]
+        left.scores["gcd"] = {name: float(draw.random() < 0.7) for name in names}
+        right.scores["gcd"] = {name: 1.0 - left.scores["gcd"][name] for name in reversed(names)}
+    verdict = judged("score(a, 'gcd') - score(b, 'gcd') > 0", a=a, b=b)
+    by_seed = [fmean(x.scores["gcd"].values()) - fmean(y.scores["gcd"].values()) for x, y in zip(a, b, strict=True)]
+    assert verdict.measured is not None
+    assert verdict.measured.estimate.value == pytest.approx(fmean(by_seed))
+    by_question = [fmean(2 * x.scores["gcd"][f"h{i}"] - 1 for x in a) for i in range(30)]
+    assert verdict.measured.over_questions == pytest.approx(stdev(by_question) ** 2 / 30)
+    assert judged("score(a, 'else') > 0", a=a).outcome == claims.NOT_RUN
+    with pytest.raises(UserError, match="different questions"):
+        judged("score(a, 'gcd') - accuracy(a) > 0", a=a)

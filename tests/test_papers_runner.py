@@ -2,6 +2,8 @@
 
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -105,8 +107,29 @@ def test_one_run_alone_brings_its_parent_along(root: Path) -> None:
         runner.make(load(root), root, runner.Settings(only=("gpro",)))
 
 
+def test_a_result_tells_its_time_without_being_made_again(root: Path) -> None:
+    """On a fresh machine that goes on with a study, only what others build on is trained once more."""
+    path = root / "papers" / "some" / "paper.toml"
+    path.write_text(path.read_text() + '[[run]]\nname = "timed"\nlike = "grpo"\nas_long_as = "grpo"\n')
+    one = load(root)
+    plan = jobs.plan(one)
+    known = {job.name: kept for job, kept in papers_helper.made(root, one, plan, lambda run, seed: 0.5)}
+    known = {name: kept for name, kept in known.items() if ".grpo-" in name}
+    assert runner.make(one, root, runner.Settings(jobs=2, threads=1), ["some.timed-seed0"], known) == {}
+    assert sorted(path.stem for path in (root / "said").iterdir()) == ["some.start-seed0", "some.timed-seed0"]
+    assert said(root, "some.timed-seed0")["config"]["trainer"]["max_steps"] == 30
+
+
 def test_cores_are_dealt_out_once() -> None:
     assert machine.slots(range(16), 7, 2) == [[2 * i, 2 * i + 1] for i in range(7)]
     assert machine.slots(range(3), 7, 2) == [[0, 1]]
     assert machine.slots([5], 1, 2) == [[5]]
     assert machine.cores() == sorted(os.sched_getaffinity(0))
+
+
+def test_runs_need_nothing_that_only_reports_need() -> None:
+    """The machines that train may lack matplotlib, typst and lm-eval; and nothing here may import torch."""
+    heavy = ["typst", "matplotlib", "lm_eval", "evals", "scipy", "torch", "trl", "transformers", "mlx"]
+    code = f"import sys, papers.__main__, papers.runner; print([n for n in {heavy} if n in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], cwd=papers_helper.ROOT, capture_output=True, text=True)
+    assert (done.stdout, done.stderr) == ("[]\n", "")
