@@ -103,6 +103,18 @@ def export(session: nox.Session) -> None:
 
 
 @nox.session
+def chat(session: nox.Session) -> None:
+    """Talk to a finished run, and to what it came from (/base, /both): nox -s chat -- RUN"""
+    python(session, "-m", "rl", "chat", *session.posargs)
+
+
+@nox.session
+def samples(session: nox.Session) -> None:
+    """Write a run's held-out answers before and after training as a page: nox -s samples -- RUN"""
+    python(session, "-m", "rl", "samples", *session.posargs)
+
+
+@nox.session
 def completions(session: nox.Session) -> None:
     """Read what a run said while it trained: nox -s completions -- RUN --reward '>0.5', or --watch"""
     python(session, "-m", "rl", "completions", *session.posargs)

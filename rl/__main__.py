@@ -159,6 +159,26 @@ def _clean(arguments: argparse.Namespace) -> int | None:
     return rl.clean.main(everything=arguments.all, dry_run=arguments.dry_run)
 
 
+def _chat(arguments: argparse.Namespace) -> int | None:
+    from rl.chat import command
+
+    names = ("temperature", "top_p", "top_k", "min_p")
+    return command.main(
+        arguments.run,
+        engine=arguments.engine,
+        given={name: getattr(arguments, name) for name in names},
+        max_tokens=arguments.max_tokens,
+        seed=arguments.seed,
+        plain=arguments.plain,
+    )
+
+
+def _samples(arguments: argparse.Namespace) -> int | None:
+    from rl.viewer import samples
+
+    return samples.main(arguments.run, arguments.out)
+
+
 def _completions(arguments: argparse.Namespace) -> int | None:
     from rl.viewer import command
 
@@ -288,6 +308,17 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("--repo", metavar="USER/NAME", help="of --to hub: the model's id there")
     export.add_argument("--private", action="store_true", help="of --to hub: a private repository, where it is new")
     export.add_argument("--dry-run", action="store_true", help="of --to hub: write the folder, upload nothing")
+    chat = command("chat", _chat, "talk to a finished run and to the model it came from")
+    chat.add_argument("run", metavar="RUN", help="a run in models/final, or its folder")
+    chat.add_argument("--engine", choices=("mlx", "torch"), default="mlx", help="who decodes; mlx if not given")
+    for option, kind in (("temperature", float), ("top-p", float), ("top-k", int), ("min-p", float)):
+        chat.add_argument(f"--{option}", type=kind, metavar="X", help="in place of the run's own setting")
+    chat.add_argument("--max-tokens", type=_count, metavar="N", help="of an answer; the run's own if not given")
+    chat.add_argument("--seed", type=int, default=0, metavar="N", help="of what is drawn")
+    chat.add_argument("--plain", action="store_true", help="continue each line as it is, without the chat template")
+    samples = command("samples", _samples, "held-out answers before and after training, as a page and as Markdown")
+    samples.add_argument("run", metavar="RUN", help="a run in models/final, or its folder")
+    samples.add_argument("--out", type=Path, metavar="FOLDER", help="where to; the run's folder if not given")
     look = command("completions", _completions, "what a run said while it trained: terminal, page, or live page")
     look.add_argument("run", metavar="RUN", help="a run, finished or going on, or its folder")
     for option, example in (("reward", ">0.5 or 'exact=1'"), ("length", "10..20"), ("step", ">=100")):

@@ -65,8 +65,11 @@ class Engine:
         seed: int = 0,
         step: int = 0,
         stop: Sequence[Sequence[str]] | None = None,
+        heard: Callable[[int, list[int]], None] | None = None,
     ) -> list[Completion]:
         """One completion per prompt, in order; equal prompts share one prefill.
+
+        `heard(row, tokens)` is told each row's tokens so far whenever it has more, to show them while they come.
 
         Row i draws from the stream (seed, step, i); `stop` gives each row its own texts in place of the engine's.
         Raises ValueError for an empty prompt or one that leaves no room for `max_tokens` in the model's context, and
@@ -87,6 +90,8 @@ class Engine:
             raise ValueError("stop texts need the tokenizer's decode")
         started = time.perf_counter()
         pool = _Pool(self, [tuple(p) for p in prompts], sampling, max_tokens, (seed, step), stops)
+        if heard is not None:
+            pool.heard = _Teller(heard, len(prompts))
         done = pool.run()
         new = sum(len(c.tokens) for c in done)
         self.totals.add(sum(len(p) for p in prompts), new, time.perf_counter() - started)
@@ -142,6 +147,21 @@ def common_prefix(prompts: Sequence[Sequence[int]]) -> int:
     return shortest
 
 
+class _Teller:
+    """Tells `heard` what is new in each row: of one that has ended no more than its completion."""
+
+    def __init__(self, heard: Callable[[int, list[int]], None], rows: int):
+        self.heard, self.told = heard, [0] * rows
+
+    def __call__(self, pool: "_Pool") -> None:
+        for row, before in enumerate(self.told):
+            done = pool.done[row]
+            tokens = pool.tokens[row, : pool.count[row]].tolist() if done is None else done.tokens
+            if len(tokens) > before:
+                self.told[row] = len(tokens)
+                self.heard(row, tokens)
+
+
 class _Pool:
     """The requests of one call, and the rows in which they decode."""
 
@@ -168,6 +188,7 @@ class _Pool:
         self.owner = np.zeros(0, np.int64)  # request of each row, -1 where it is idle
         self.born = np.zeros(0, np.int64)
         self.now = 0
+        self.heard: Callable[[_Pool], None] = lambda pool: None
         distinct = sorted(set(prompts))
         self.shared = common_prefix(distinct) if len(distinct) > 1 else 0
         self.common = prefill(engine.model, [distinct[0][: self.shared]])[1] if self.shared else None
@@ -186,8 +207,10 @@ class _Pool:
         self.uniforms_B_T_2 = mx.zeros((rows, self.max_tokens, 2))
         while self.waiting or (self.owner >= 0).any():
             self._make_room()
+            self.heard(self)
             if (self.owner >= 0).any():
                 self._decode()
+                self.heard(self)
         return [c for c in self.done if c is not None]
 
     def _distinct(self, rows: int) -> int:

@@ -31,6 +31,7 @@ class TorchSampler:
         self.policy, self.eos_ids, self.pad_id, self.max_batch = policy, list(eos_ids), pad_id, max_batch
         self.stop, self.decode = tuple(stop), decode
         self.totals = Totals()
+        self.listener: _Listener | None = None
 
     @torch.no_grad()
     def generate(
@@ -73,6 +74,7 @@ class TorchSampler:
             output_logits=greedy,
             output_scores=not greedy,
             return_dict_in_generate=True,
+            streamer=self.listener,
             **drawn,
         )
         tokens = out.sequences[:, longest:]
@@ -90,5 +92,34 @@ class TorchSampler:
             length = stopped_at(tokens[:length], length, self.stop, self.decode) or length
         return Completion(tokens[:length], logprobs[:length])
 
+    @torch.no_grad()
+    def tell(
+        self, prompt: Sequence[int], sampling: Sampling, max_tokens: int, seed: int, heard: Callable[[list[int]], None]
+    ) -> Completion:
+        """One completion, as `generate` gives it alone; `heard(tokens)` is told of each token as it comes."""
+        self.listener = _Listener(len(prompt), heard)
+        try:
+            return self.generate([prompt], sampling, max_tokens=max_tokens, seed=seed)[0]
+        finally:
+            self.listener = None
+
     def release(self) -> None:
         """Nothing is held."""
+
+
+class _Listener:
+    """A streamer for transformers' `generate`: it puts the prompt first, then each token."""
+
+    def __init__(self, prompt: int, heard: Callable[[list[int]], None]):
+        self.left, self.heard, self.tokens = prompt, heard, []
+
+    def put(self, value: torch.Tensor) -> None:
+        """One more token, or the prompt."""
+        if self.left:
+            self.left = 0
+            return
+        self.tokens += value.flatten().tolist()
+        self.heard(list(self.tokens))
+
+    def end(self) -> None:
+        """Nothing to close."""

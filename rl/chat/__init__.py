@@ -1,0 +1,1 @@
+"""A finished run to talk to, beside the model it came from."""
