@@ -112,7 +112,7 @@ def _facts(
         "claims": [_claim(one) for one in verdicts],
         "tables": {one.name: {"caption": one.caption, "head": one.head, "rows": one.rows} for one in made},
         "figures": {one.name: one.caption for one in study.figures},
-        "runs": [_run(study, job, kept.get(job.name), outdated.get(job.name)) for job in plan],
+        "runs": [_run(study, run, plan, kept, outdated) for run in dict.fromkeys(job.run for job in plan)],
     }
 
 
@@ -136,13 +136,24 @@ def _sizes(found: claims.Measured) -> str:
     return ", ".join(f"{n} {what}" for n, what in parts if n) or tables.NONE
 
 
-def _run(study: Study, job: Job, kept: Kept | None, outdated: str | None) -> list[str]:
-    """A row of the list of all runs: the run, its config with overrides, steps, seconds, state."""
-    shown = [text for text in job.overrides if not text.startswith(("run.name=", "run.seed="))]
-    state = "not run" if kept is None else "outdated" if outdated else "made"
-    steps = tables.NONE if kept is None else str(kept.record.steps)
-    seconds = tables.NONE if kept is None else f"{kept.record.wall_s:.0f}"
-    return [job.stem, " ".join([job.config.as_posix(), *shown]), steps, seconds, state]
+def _run(
+    study: Study, run: str, plan: Sequence[Job], kept: Mapping[str, Kept], outdated: Mapping[str, str]
+) -> list[str]:
+    """A row of the list of runs: the run, its config with overrides, steps, mean seconds, how many are made."""
+    own = [job for job in plan if job.run == run]
+    made = [kept[job.name] for job in own if job.name in kept]
+    shown = [text for text in own[0].overrides if not text.startswith(("run.name=", "run.seed="))]
+    if later := study.run(run).as_long_as:
+        shown.append(f"as long as {later}")
+    steps = sorted({one.record.steps for one in made})
+    old = sum(job.name in outdated for job in own)
+    return [
+        run,
+        " ".join([own[0].config.as_posix(), *shown]),
+        "–".join(map(str, steps[:1] + steps[1:][-1:])) or tables.NONE,
+        f"{sum(one.record.wall_s for one in made) / len(made):.0f}" if made else tables.NONE,
+        f"{len(made)} of {len(own)}" + (f", {old} outdated" if old else ""),
+    ]
 
 
 def _commit(git: dict[str, Any] | None) -> str:

@@ -222,3 +222,18 @@ def test_markdown_and_latex_hold_the_same_cells() -> None:
     assert tables.markdown(made).splitlines()[-1] == "| a\\|b | 0.5 [−1, 2] |"
     assert "A \\& B." in tables.latex(made)
     assert "a|b & 0.5 [$-$1, 2] \\\\" in tables.latex(made)
+
+
+def test_the_list_of_runs_counts_seeds_and_what_is_outdated(root: Path) -> None:
+    path = root / "papers" / "some" / "paper.toml"
+    path.write_text(path.read_text().replace("trainer.max_steps=150", "trainer.max_steps=140"))
+    (root / "papers" / "some" / "results" / "sft-seed4.json").unlink()
+    build.build(load(root), root)
+    (row,) = [row for row in facts(root)["runs"] if row[0] == "sft"]
+    assert row[1:] == [
+        "configs/tiny/sft_more.toml run.device=cpu trainer.max_steps=140",
+        "30",
+        row[3],
+        "4 of 5, 4 outdated",
+    ]
+    assert 20 <= int(row[3]) <= 25
