@@ -1,6 +1,8 @@
 """Talking to a run: what is streamed is what is generated, the base is the base, and commands do what they say."""
 
 import io
+import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,9 +10,11 @@ import pytest
 import torch
 
 from rl import models, record
+from rl.chat import command
 from rl.chat.command import Chat
 from rl.chat.voices import MLXVoices, Source, TorchVoices
 from rl.config import Lora
+from rl.errors import UserError
 from rl.rollouts.result import GREEDY, Sampling
 
 
@@ -138,3 +142,27 @@ def test_adapter_start_is_found(adapted: Source, tiny_base: models.Base) -> None
     root = Path("/")
     assert voices.made(root, adapted.adapter) == adapted
     assert voices.start(root, adapted.adapter, a_record(tiny_base)) == Source(tiny_base.path)
+
+
+@pytest.mark.parametrize("engine", ["mlx", "torch"])
+def test_a_script_asks_a_run_through_a_pipe(
+    engine: str, tiny_base: models.Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    """From run.json to the answer, and both where run and base are whole models (here equal ones)."""
+    folder = tmp_path / "models" / "final" / "demo"
+    shutil.copytree(tiny_base.path, folder)
+    run = replace(a_record(tiny_base), status="finished", base={"id": str(tiny_base.path), "sha256": "x"})
+    record.save(run, folder)
+    monkeypatch.setattr("sys.stdin", io.StringIO("12+34=\n/both\n12+34=\n"))
+    given = {"temperature": 0.0, "top_p": None}
+    assert command.main("demo", engine=engine, given=given, max_tokens=4, seed=0, root=tmp_path) == 0
+    tokenizer = models.load_tokenizer(tiny_base)
+    prompt = tokenizer("12+34=", return_tensors="pt")["input_ids"]
+    policy = models.load_policy(tiny_base, "float32", "cpu")
+    out = policy.generate(input_ids=prompt, max_new_tokens=4, do_sample=False)[0, prompt.shape[1] :]
+    said = tokenizer.decode(out, skip_special_tokens=True)
+    assert capsys.readouterr().out.splitlines() == [said, "(both answer)", f"run: {said}", f"base: {said}"]
+    with pytest.raises(UserError, match=r"--temperature: found -1\.0, valid: ≥ 0"):
+        command.main("demo", engine=engine, given={"temperature": -1.0}, max_tokens=4, seed=0, root=tmp_path)
+    with pytest.raises(UserError, match="demi: no such run in models/final, did you mean 'demo'"):
+        command.main("demi", engine=engine, given={}, max_tokens=4, seed=0, root=tmp_path)
