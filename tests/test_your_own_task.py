@@ -24,8 +24,8 @@ COMMANDS = [
 # a smaller model and fewer steps than the page's, for the configs whose run another one starts from
 SMALLER = (
     ('base = "tiny"', 'base = "tiny"\n[model.tiny]\nhidden = 32\nlayers = 2\nintermediate = 64'),
-    ("max_steps = 150", "max_steps = 3\nsave_steps = 3"),
-    ("max_steps = 100", "max_steps = 2\nsave_steps = 2"),
+    ("max_steps = 25\n", "max_steps = 3\nsave_steps = 3\n"),
+    ("max_steps = 200", "max_steps = 2\nsave_steps = 2"),
     ("per_device_train_batch_size = 128", "per_device_train_batch_size = 16"),
     ("size = 256", "size = 16"),
 )
