@@ -4,27 +4,40 @@ Exit codes: 0 done, 1 a run failed, 2 bad config or input (one line, nothing wri
 """
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from rl.errors import RunFailed, UserError
 
+CONTROL = "DUET_CONTROL"  # rl.processes.CONTROL
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code (argparse itself exits with 2)."""
     arguments = _parser().parse_args(argv)
+    if CONTROL in os.environ:  # one of the processes that `train --accelerate` started
+        from rl import processes
+
+        processes.begin()
+        return processes.end(*_outcome(arguments))
+    code, line = _outcome(arguments)
+    if line:
+        print(line, file=sys.stderr)
+    return code
+
+
+def _outcome(arguments: argparse.Namespace) -> tuple[int, str | None]:
+    """The exit code and the line about what went wrong."""
     try:
-        return arguments.handler(arguments) or 0
+        return arguments.handler(arguments) or 0, None
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return 2, f"error: {error}"
     except RunFailed as error:
-        print(f"failed: {error}", file=sys.stderr)
-        return 1
+        return 1, f"failed: {error}"
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
+        return 130, "interrupted"
 
 
 def _train(arguments: argparse.Namespace) -> int | None:
@@ -41,6 +54,11 @@ def _train(arguments: argparse.Namespace) -> int | None:
 
     if arguments.plan:
         return command.main(arguments.config, arguments.set)
+    if arguments.accelerate is not None:
+        from rl import launch
+
+        kept = {name: getattr(arguments, name) for name in ("resume", "restart", "force", "seeds")}
+        return launch.main(arguments.config, arguments.set, arguments.accelerate, **kept)
     if not arguments.force:
         command.refuse(arguments.config, arguments.set)
     import rl.train
@@ -247,6 +265,12 @@ def _parser() -> argparse.ArgumentParser:
         "--seeds", type=_seeds, default=None, metavar="0,1,2", help="train these seeds in turn, one table"
     )
     train.add_argument("--plan", action="store_true", help="print what the run would need and take, train nothing")
+    train.add_argument(
+        "--accelerate",
+        type=Path,
+        metavar="FILE",
+        help="start the run through accelerate, e.g. configs/accelerate/mps.yaml",
+    )
     train.add_argument("--force", action="store_true", help="train even where the plan says that it does not fit")
     plan.add_argument("--memory", metavar="64GB", help="memory of the machine; this one's if not given")
     plan.add_argument("--chip", metavar="m4-max", help="Apple's or NVIDIA's chip; this machine's if not given")

@@ -149,13 +149,19 @@ def trainer_defaults(device: "torch.device | str") -> dict[str, Any]:
 
 
 def check_half(device: "torch.device | str", args: dict[str, Any], where: str) -> None:
-    """Refuse bf16 training where the device has no bfloat16; `where` names the config.
+    """Refuse bf16 training where the device has no bfloat16, and fp16 on a CPU; `where` names the config.
 
     Raises:
-        UserError: `args` ask for it on macOS before 14 or on a GPU before Ampere.
+        UserError: `args` ask for it on macOS before 14 or on a GPU before Ampere; or for fp16 on a CPU, where
+            accelerate goes on in float32 without a word.
     """
     import torch
 
+    if args.get("fp16") and torch.device(device).type == "cpu":
+        raise UserError(
+            f"{where}: [trainer] fp16: found true, which accelerate leaves out on a CPU, "
+            "valid: bf16 = true, or neither for float32"
+        )
     if args.get("bf16") and half_for(device) != torch.bfloat16:
         kind = torch.device(device).type
         why = f"macOS {platform.mac_ver()[0]} has none on mps (14 has)" if kind == "mps" else "this GPU has none"

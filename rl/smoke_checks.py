@@ -68,7 +68,7 @@ def checks(device: "torch.device") -> list[Check]:
             name = f"a step of {algorithm.upper()}, {'LoRA' if lora else 'all weights'}"
             found.append((name, functools.partial(train, algorithm=algorithm, lora=lora)))
     for short, dtype in (("bf16", "bfloat16"), ("fp16", "float16")):
-        if short == "bf16" or device.type != "cpu":  # accelerate refuses fp16 on a CPU
+        if short == "bf16" or device.type != "cpu":  # accelerate leaves fp16 out on a CPU
             name = f"a step of SFT under autocast to {dtype}"
             found.append((name, functools.partial(train, algorithm="sft", lora=False, **{short: True})))
     return [*found, ("memory over 20 steps of varying lengths", varying_lengths), ("memory", memory)]

@@ -1,16 +1,19 @@
 """`python -m rl train`: what a config builds on, then its own run, from the base to models/final."""
 
+import io
 import json
 import os
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from contextlib import nullcontext
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from rl import completions, files, record, report, reporting, run
+from rl import completions, files, processes, record, report, reporting, run
 from rl import config as configs
+from rl.algorithms import ONLINE
 from rl.checkpoints import disk_guard
 from rl.config import Config
 from rl.display import Display, Sample
@@ -34,17 +37,19 @@ def main(
     Raises UserError (2) for bad input, RunFailed (1) for a run that cannot go on, KeyboardInterrupt (130).
     """
     quiet()
-    display = Display(stages=STAGES)
-    command = " ".join(["nox -s train --", *_shown(sys.argv)])
+    display = _display()
+    command = os.environ.get(processes.COMMAND) or " ".join(["nox -s train --", *_shown(sys.argv)])
     if seeds is None:
         train_run(path, overrides, display, command, resume=resume, restart=restart)
         return 0
     names = []
     for seed in seeds:
-        own = Display(stages=STAGES)
+        own = _display()
         names.append(
             train_run(path, [*overrides, f"run.seed={seed}"], own, command, resume=resume, restart=restart, many=True)
         )
+    if not processes.is_main():
+        return 0
     name = configs.load(path, overrides).run.name
     display.seeds(report.write_seeds(ROOT, name, names))
     display.note(f"written to models/final/{name}-seeds.md and .json")
@@ -80,12 +85,14 @@ def train_run(
     from rl import data, device, models, start
     from rl.tools import toolbox as tools
 
-    dataset = data.build(config, made.get("data.from"))
-    display.note(f"{len(dataset.train)} training and {len(dataset.heldout)} held-out rows from {dataset.source}")
     where = device.pick(config.run.device)
+    processes.join(where)
     device.prepare(where)
-    begin = start.find(config, ROOT, made.get("model.from"))
-    served = start.reward_models(config, ROOT)
+    with processes.main_first():
+        dataset = data.build(config, made.get("data.from"))
+        begin = start.find(config, ROOT, made.get("model.from"))
+        served = start.reward_models(config, ROOT)
+    display.note(f"{len(dataset.train)} training and {len(dataset.heldout)} held-out rows from {dataset.source}")
     tokenizer = models.load_tokenizer(begin.base)
     toolbox = tools.build(config)
     if toolbox is not None:
@@ -96,7 +103,7 @@ def train_run(
     fresh = record.new(
         ROOT,
         name=name,
-        config=configs.resolved(config),
+        config=configs.resolved(config) | processes.inputs(),
         seed=config.run.seed,
         device=device.describe(where),
         base={"id": begin.base.id, "sha256": begin.sha256},
@@ -111,18 +118,31 @@ def train_run(
         ],
         command=command,
     )
-    if remake and (changed := _outdated(name, fresh)):
+    if remake and processes.is_main() and (changed := _outdated(name, fresh)):
         display.note(f"{name} was made from other inputs ({'; '.join(changed[:3])}): it is made again")
         resume, restart = False, True
-    unfinished = bool(run.last_checkpoint(run.folders(ROOT, name)[0])) if many else False
-    opened = run.start(ROOT, fresh, resume=resume or (many and not restart and unfinished), restart=restart)
+    unfinished = bool(run.last_checkpoint(run.folders(ROOT, name)[0])) if many and processes.is_main() else False
+    opened = _open(fresh, resume or (many and not restart and unfinished), restart)
     if opened.state == "finished":
         display.note(f"{name} is finished with these very inputs: {opened.final} (--restart trains it again)")
         return name
-    with run.recording(opened):
+    with run.recording(opened) if processes.is_main() else nullcontext():
         folders = made | {role: base.path for role, base in served.items()}
         _work(config, opened, dataset, where, begin, tokenizer, display, folders, toolbox)
+    processes.wait()
     return name
+
+
+def _open(fresh: record.Record, resume: bool, restart: bool) -> run.OpenRun:
+    """The run's folder, opened by the main process; the others get what it found, without the lock."""
+    mine: list[run.OpenRun] = []
+
+    def make() -> run.OpenRun:
+        mine.append(run.start(ROOT, fresh, resume=resume, restart=restart))
+        return replace(mine[0], lock=None)
+
+    shared = processes.share(make)
+    return mine[0] if mine else shared
 
 
 def parents(
@@ -135,7 +155,7 @@ def parents(
             continue
         other = configs.load(path)
         final = run.folders(ROOT, other.run.name)[1]
-        unfinished = run.last_checkpoint(run.folders(ROOT, other.run.name)[0]) is not None
+        unfinished = processes.is_main() and run.last_checkpoint(run.folders(ROOT, other.run.name)[0]) is not None
         train_run(path, [], display, f"nox -s train -- {path}", resume=resume or unfinished, remake=True)
         found[role] = record.read(final)
     return found
@@ -192,10 +212,16 @@ def _work(
 
         return reward_run.work(config, opened, dataset, where, begin, tokenizer, display, fit)
     display.stage(f"policy on {where.type}, sampler: {config.rollout.engine}, {config.rollout.precision} precision")
-    policy = start.load_policy(config, begin, where)
+    if processes.count() > 1:
+        display.note(f"{processes.count()} processes, each with {processes.each(config.trainer.args)}")
+    alone = processes.is_main()
+    place = processes.loading_place(where)
+    policy = start.load_policy(config, begin, place)
     stop_ids = seam.stop_ids(tokenizer, config.rollout.stop)
-    sampler = start.load_sampler(config, begin, policy, tokenizer, stop_ids)
-    start.check_parity(config, policy, sampler, len(tokenizer), display)
+    needed = alone or config.trainer.algorithm in ONLINE  # the main process measures
+    sampler = start.load_sampler(config, begin, policy, tokenizer, stop_ids) if needed else None
+    if alone:
+        start.check_parity(config, policy, sampler, len(tokenizer), display)
 
     def held_out(title: str) -> measure.Measurement:
         with display.eval_progress(len(dataset.heldout), title=title) as bar:
@@ -211,8 +237,9 @@ def _work(
             )
 
     display.stage(f"before: {len(dataset.heldout)} held-out questions, greedy")
-    before = _remembered(opened.folder / "before.json") or held_out("before")
-    _remember(opened.folder / "before.json", before)
+    if alone:
+        before = _remembered(opened.folder / "before.json") or held_out("before")
+        _remember(opened.folder / "before.json", before)
 
     display.stage(f"{config.trainer.algorithm}: training")
     start.open_rewards(functions, made, tokenizer, where)
@@ -234,10 +261,18 @@ def _work(
     )
     if pairs.wanted(config, job.train):
         parent = next((p["name"] for p in opened.record.parents if p["role"] == "model.from"), None)
-        job.train = pairs.for_job(job, sampler, {"run": parent, **opened.record.base}, display)
+        origin = {"run": parent, **opened.record.base}
+        job.train = processes.share(lambda: pairs.for_job(job, sampler, origin, display))
     if config.data.curriculum is not None:
-        job.train = curriculum.for_job(job, sampler, begin.sha256, ROOT, display)
+        job.train = processes.share(lambda: curriculum.for_job(job, sampler, begin.sha256, ROOT, display))
     fit(job)
+    weights = processes.whole_weights(policy)
+    if not alone:
+        return None
+    if weights is not None:
+        policy = start.load_policy(config, begin, where)
+        policy.load_state_dict(weights, strict=False)
+        sampler = start.load_sampler(config, begin, policy, tokenizer, stop_ids)
     display.stage(f"after: {len(dataset.heldout)} held-out questions, greedy")
     if config.rollout.engine == "mlx":
         sampler.sync(policy)
@@ -319,7 +354,8 @@ def _train(config: Config, opened: run.OpenRun, job: Any, display: Display) -> A
             with disk_guard(opened.folder):
                 completions.write(opened.folder, step, sampling_round, rows)
 
-        job.hooks = Hooks(metrics=metrics, saved=saved, total=total, warn=display.warn, completions=kept)
+        if processes.is_main():
+            job.hooks = Hooks(metrics=metrics, saved=saved, total=total, warn=display.warn, completions=kept)
         return algorithm.train(job)
 
 
@@ -354,6 +390,11 @@ def _remembered(path: Path) -> Any:
         return None
     kept = json.loads(path.read_text())
     return Measurement([Score(**score) for score in kept["scores"]], kept["completions"])
+
+
+def _display() -> Display:
+    """The terminal; of several processes the main one alone has it."""
+    return Display(None if processes.is_main() else io.StringIO(), stages=STAGES)
 
 
 def _shown(argv: Sequence[str]) -> list[str]:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from transformers import PrinterCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from rl import reporting
+from rl import processes, reporting
 from rl.algorithms import defaults
 from rl.algorithms.guard import Guard
 from rl.checkpoints import disk_guard
@@ -100,8 +100,12 @@ class Recorder(TrainerCallback):
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Save and stop at the first step after which a resume is exact; hand MPS's unused blocks back."""
         empty_cache(self.job.device)
+        # asked once: a signal that comes between two looks would stop one process and leave the others waiting
+        stop = processes.anywhere(self.interrupted.is_set())
         boundary = state.global_step % self.period == 0
-        if self.interrupted.is_set() and boundary:
+        if stop:
+            self.interrupted.set()
+        if stop and boundary:
             control.should_save = control.should_training_stop = True
         if self.guard.health.reason is not None:
             control.should_save, control.should_training_stop = False, True
@@ -122,6 +126,7 @@ class Recorder(TrainerCallback):
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Trainer has written a checkpoint folder: let the run seal it."""
+        processes.wait()  # each writes a part of it
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         self.job.hooks.saved(state.global_step, folder, self.guard.health.good)
 

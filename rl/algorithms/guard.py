@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from rl import processes
+
 # so many skipped steps among the last WINDOW stop the run
 MOST_SKIPPED, WINDOW = 3, 20
 # so many steps in a row with all completions alike, no reward and no entropy stop the run
@@ -52,8 +54,8 @@ class Guard(TrainerCallback):
         if generation is not None:
             generation.broken = None
         gradients = [p.grad for p in self.trainer.model.parameters() if p.grad is not None]
-        if cause is None and not _finite(gradients):
-            cause = self._name_the_term()
+        if processes.anywhere(cause is not None or not _finite(gradients)):
+            cause = cause or self._name_the_term()
         self.health.recent.append(cause is not None)
         if cause is None:
             return
@@ -73,8 +75,8 @@ class Guard(TrainerCallback):
     ) -> None:
         """A finite gradient may still overflow a weight: then nothing after it can be trusted."""
         trained = [p for p in self.trainer.model.parameters() if p.requires_grad]
-        if not _finite(trained):
-            names = [n for n, p in self.trainer.model.named_parameters() if not bool(torch.isfinite(p).all())]
+        if processes.anywhere(not _finite(trained)):
+            names = [n for n, p in self.trainer.model.named_parameters() if not _finite([p])]
             self.health.reason = f"weights not finite after step {state.global_step + 1}: {', '.join(names[:3])}"
             control.should_training_stop = True
 
@@ -87,6 +89,7 @@ class Guard(TrainerCallback):
             and abs(metrics.get("reward", 1.0)) < 1e-9
             and (metrics.get("entropy") if metrics.get("entropy") is not None else 1.0) < COLLAPSED_ENTROPY
         )
+        dead = not processes.anywhere(not dead)
         self.health.collapsed_for = self.health.collapsed_for + 1 if dead else 0
         if self.health.collapsed_for >= COLLAPSED_STEPS:
             self.health.reason = (
@@ -103,6 +106,8 @@ class Guard(TrainerCallback):
                 return f"{name} of the batch"
         if not batch:
             return "gradient (the batch was not kept)"
+        if processes.count() > 1:  # looking for it computes again, and only some processes might
+            return "gradient (not traced in several processes)"
         return trace(self.trainer, batch)
 
 
@@ -176,5 +181,6 @@ def _tensors(values: Any) -> list[torch.Tensor]:
 
 def _finite(tensors: list[torch.Tensor]) -> bool:
     """Whether all values of all tensors are finite, with one wait for the device."""
-    checks = [torch.isfinite(t.detach()).all() for t in tensors if t is not None and t.numel()]
+    own = [t.detach().to_local() if hasattr(t, "to_local") else t.detach() for t in tensors if t is not None]
+    checks = [torch.isfinite(t).all() for t in own if t.numel()]
     return bool(torch.stack(checks).all()) if checks else True

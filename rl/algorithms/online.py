@@ -12,6 +12,7 @@ import torch
 from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import add_fused_lm_head, use_adapter
 
+from rl import processes
 from rl.algorithms import trace
 from rl.algorithms.base import Job, Outcome, Recorder, Timer, run_trainer
 from rl.algorithms.guard import Guard
@@ -54,7 +55,10 @@ class Online:
             sampling=Sampling(rollout.temperature, rollout.top_p, rollout.top_k, rollout.min_p),
             max_tokens=rollout.max_completion_length,
             seed=job.config.run.seed,
-            step=lambda: self.state.global_step + (self.sampling_round << 32) + (self.turn << 40),
+            # every turn, and every process, draws from streams of its own
+            step=lambda: (
+                self.state.global_step + (self.sampling_round << 32) + (self.turn << 40) + (processes.rank() << 48)
+            ),
         )
 
     def _get_train_sampler(self, dataset: Any = None) -> EpochSampler:
@@ -72,8 +76,8 @@ class Online:
         with self.timer.part("rollout"):
             out = super()._generate_single_turn(*args, **kwargs)
         self.completions = out[0] if isinstance(out, tuple) else out  # RLOO's has no logprobs beside them
-        self.job.tokens["prompt"] += sum(len(ids) for ids in args[0])
-        self.job.tokens["completion"] += sum(len(ids) for ids in self.completions)
+        self.job.tokens["prompt"] += processes.total(sum(len(ids) for ids in args[0]))
+        self.job.tokens["completion"] += processes.total(sum(len(ids) for ids in self.completions))
         return out
 
     def _calculate_rewards(self, *args: Any, **kwargs: Any) -> Any:
