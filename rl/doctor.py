@@ -13,12 +13,14 @@ from typing import Literal
 
 from rl.device import GIB, available, cores, describe, macos_major, total_memory_bytes
 from rl.errors import RunFailed
+from rl.plan.machine import METAL_SHARE
 from rl.record import unlocked, versions
 
 ROOT = Path(__file__).resolve().parent.parent
 # a SmolLM2-135M run keeps a few checkpoints of 60 MB and one float32 base of 540 MB
 NEEDED_DISK = 5 * GIB
 NEEDED_MEMORY = 4 * GIB
+KEPT_FOR_MACOS = 4 * GIB
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,13 @@ def main() -> None:
 
 def examine(root: Path) -> list[Check]:
     """All checks, for the repository at `root`; no check raises."""
-    return [*machine(root), *packages(root / "pyproject.toml", root / "uv.lock"), torch_device(), mlx_device()]
+    return [
+        *machine(root),
+        *wired_limit(),
+        *packages(root / "pyproject.toml", root / "uv.lock"),
+        torch_device(),
+        mlx_device(),
+    ]
 
 
 def machine(root: Path) -> list[Check]:
@@ -58,13 +66,16 @@ def machine(root: Path) -> list[Check]:
     system = f"macOS {platform.mac_ver()[0]}" if sys.platform == "darwin" else platform.platform(terse=True)
     supported = (sys.platform, platform.machine()) in (("darwin", "arm64"), ("linux", "x86_64"))
     old = sys.platform == "darwin" and macos_major() < 14
+    absent = "the lock has no wheels here"
+    if sys.platform == "darwin" and ask("sysctl", "-n", "sysctl.proc_translated") == "1":
+        absent = "this Python is Intel's, run by Rosetta: install one built for arm64 (docs/setup.md)"
     return [
         Check("chip", f"{chip()}, {cores()} cores"),
         Check(
             "system",
             f"{system}, {platform.machine()}",
             "bad" if old or not supported else "ok",
-            "update to macOS 14: torch's wheels need it" if old else "" if supported else "the lock has no wheels here",
+            "update to macOS 14: torch's wheels need it" if old else "" if supported else absent,
         ),
         Check(
             "memory",
@@ -90,15 +101,45 @@ def machine(root: Path) -> list[Check]:
 def chip() -> str:
     """The processor's name as its maker writes it; the architecture where the system does not tell."""
     if sys.platform == "darwin":
-        try:
-            asked = ["sysctl", "-n", "machdep.cpu.brand_string"]
-            return subprocess.run(asked, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
-        except (OSError, subprocess.SubprocessError):
-            return platform.machine()
+        return ask("sysctl", "-n", "machdep.cpu.brand_string") or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.is_file() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.machine()
+
+
+def wired_limit() -> list[Check]:
+    """On a Mac, how much of its memory the GPU may hold: macOS's own share, or what `iogpu.wired_limit_mb` says."""
+    if sys.platform != "darwin":
+        return []
+    memory, said = total_memory_bytes(), ask("sysctl", "-n", "iogpu.wired_limit_mb")
+    if not said.isdecimal():
+        return [
+            Check("wired limit", "not told", "warn", "sysctl knows no iogpu.wired_limit_mb: is this Apple silicon?")
+        ]
+    limit = int(said) * 1024**2
+    if limit == 0:
+        return [
+            Check(
+                "wired limit", f"macOS's own, about {METAL_SHARE:.0%} of memory: {METAL_SHARE * memory / GIB:.1f} GiB"
+            )
+        ]
+    found = f"{limit / GIB:.1f} GiB, set by hand"
+    default = "sudo sysctl iogpu.wired_limit_mb=0 sets macOS's own back"
+    if memory - limit < KEPT_FOR_MACOS:
+        kept = f"leaves macOS {max(0, memory - limit) / GIB:.1f} GiB, and it wants {KEPT_FOR_MACOS // GIB}"
+        return [Check("wired limit", found, "warn", f"{kept}: {default}")]
+    if limit < METAL_SHARE * memory:
+        return [Check("wired limit", found, "warn", f"below macOS's own, which the planner reckons with: {default}")]
+    return [Check("wired limit", found)]
+
+
+def ask(*command: str) -> str:
+    """What a program of the system prints, stripped; "" where it is not there or fails."""
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return ""
 
 
 def packages(pyproject: Path, lock: Path) -> list[Check]:

@@ -119,6 +119,8 @@ def test_batches_come_in_buckets_and_padding_changes_no_gradient(
         with monkeypatch.context() as patch:
             if where == MPS:
                 patch.setattr(torch.nn.Embedding, "forward", forward)
+                # it asks the batch, which lies on the CPU here
+                patch.setattr("rl.algorithms.learner.padded", lambda length, where: device.bucket(length))
             norms.append(smoke_steps.take(job).number("grad_norm"))
     assert norms[0] == pytest.approx(norms[1], rel=1e-4)
     assert norms[0] > 0
@@ -198,3 +200,39 @@ def test_memory_is_capped_below_what_metal_recommends(monkeypatch: pytest.Monkey
     monkeypatch.setattr(torch.mps, "set_per_process_memory_fraction", shares.append)
     device.prepare(MPS)
     assert shares == [0.8]
+
+
+def test_macos_decides_what_half_precision_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """bfloat16 came with macOS 14; the float32 default needs none of it."""
+    for release, half in (("13.6.1", torch.float16), ("14.0", torch.bfloat16), ("26.1", torch.bfloat16)):
+        monkeypatch.setattr("platform.mac_ver", lambda release=release: (release, ("", "", ""), "arm64"))
+        assert device.half_for(MPS) == half
+        assert device.dtype_for(MPS) == torch.float32
+
+
+def test_attention_asks_for_torchs_own_kernel_and_never_for_a_cuda_one(
+    monkeypatch: pytest.MonkeyPatch, job_of: Any
+) -> None:
+    """On MPS scaled_dot_product_attention is its math path where a gradient is wanted; flash kernels are CUDA's."""
+    calls: list[dict[str, Any]] = []
+    real = torch.nn.functional.scaled_dot_product_attention
+
+    def spy(*args: Any, **kwargs: Any) -> torch.Tensor:
+        calls.append(kwargs)
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", spy)
+    job = job_of("sft")
+    assert job.model.config._attn_implementation == "sdpa"
+    assert smoke_steps.take(job).outcome.steps == 1
+    assert calls
+    # heads that share keys are repeated by transformers: grouped keys have no math path on older torch
+    assert not any(kwargs.get("enable_gqa") for kwargs in calls)
+
+
+def test_fp16_on_a_cpu_is_refused() -> None:
+    """Trap: accelerate trains on in float32 there without a word."""
+    with pytest.raises(UserError, match=r"x.toml: \[trainer\] fp16: found true, which accelerate leaves out on a CPU"):
+        device.check_half(CPU, {"fp16": True}, "x.toml")
+    device.check_half(CPU, {"bf16": True}, "x.toml")
+    device.check_half(MPS, {"fp16": True}, "x.toml")
