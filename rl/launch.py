@@ -160,6 +160,8 @@ def check(launch: Launch, config: Config, path: Path) -> None:
         )
     if algorithm in SAMPLING and engine == "torch":
         raise UserError(f"{where}: [rollout] engine 'torch' draws the same on every process, valid there: 'mlx'")
+    if config.rollout.tools or config.rollout.environment is not None:
+        raise UserError(f"{path}: [rollout] tools and environment: not in several processes, whose turns would differ")
     for other in configs.builds_on(config).values():
         check(launch, configs.load(other), other)
 

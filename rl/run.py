@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import IO, Any, Literal
 
-from rl import completions, files, record, reporting
+from rl import completions, files, processes, record, reporting
 from rl.checkpoints import (
     Checkpoint,
     complete_checkpoints,
@@ -87,6 +87,18 @@ def start(root: Path, fresh: Record, *, resume: bool = False, restart: bool = Fa
     else:
         run.lock, run.began = lock, time.monotonic()
     return run
+
+
+def start_together(root: Path, fresh: Record, resume: bool, restart: bool) -> OpenRun:
+    """`start` by the main process of several; the others get what it found, without the lock."""
+    mine: list[OpenRun] = []
+
+    def make() -> OpenRun:
+        mine.append(start(root, fresh, resume=resume, restart=restart))
+        return replace(mine[0], lock=None)
+
+    shared = processes.share(make)
+    return mine[0] if mine else shared
 
 
 def _open(folder: Path, final: Path, fresh: Record, resume: bool, restart: bool) -> OpenRun:

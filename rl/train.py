@@ -7,7 +7,7 @@ import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -122,7 +122,7 @@ def train_run(
         display.note(f"{name} was made from other inputs ({'; '.join(changed[:3])}): it is made again")
         resume, restart = False, True
     unfinished = bool(run.last_checkpoint(run.folders(ROOT, name)[0])) if many and processes.is_main() else False
-    opened = _open(fresh, resume or (many and not restart and unfinished), restart)
+    opened = run.start_together(ROOT, fresh, resume or (many and not restart and unfinished), restart)
     if opened.state == "finished":
         display.note(f"{name} is finished with these very inputs: {opened.final} (--restart trains it again)")
         return name
@@ -131,18 +131,6 @@ def train_run(
         _work(config, opened, dataset, where, begin, tokenizer, display, folders, toolbox)
     processes.wait()
     return name
-
-
-def _open(fresh: record.Record, resume: bool, restart: bool) -> run.OpenRun:
-    """The run's folder, opened by the main process; the others get what it found, without the lock."""
-    mine: list[run.OpenRun] = []
-
-    def make() -> run.OpenRun:
-        mine.append(run.start(ROOT, fresh, resume=resume, restart=restart))
-        return replace(mine[0], lock=None)
-
-    shared = processes.share(make)
-    return mine[0] if mine else shared
 
 
 def parents(

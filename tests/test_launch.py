@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -164,6 +165,13 @@ def test_what_cannot_work_in_several_processes_is_refused(
     with pytest.raises(UserError, match=re.escape(said)):
         launch.check(of, config, config.path)
     launch.check(launch.Launch(Path("a.yaml"), "NO", 1, "no", False), config, config.path)
+
+
+def test_tools_are_refused_in_several_processes() -> None:
+    config = configs.load(ROOT / "configs" / "tiny" / "grpo.toml")
+    config = replace(config, rollout=replace(config.rollout, tools=("rl.tools:calculator",)))
+    with pytest.raises(UserError, match=r"\[rollout\] tools and environment: not in several processes"):
+        launch.check(launch.Launch(Path("a.yaml"), "MULTI_GPU", 2, "no", False), config, config.path)
 
 
 STAND_IN = """

@@ -13,7 +13,7 @@ import torch
 
 from rl import device, models, smoke_steps
 from rl.algorithms import base
-from rl.algorithms.learner import forward, shared_prefix
+from rl.algorithms.learner import Shared, forward, shared_prefix
 from rl.errors import UserError
 
 CPU, MPS = torch.device("cpu"), torch.device("mps")
@@ -145,7 +145,7 @@ def test_the_forward_without_repeated_work_keeps_to_buckets(
     mask[:, :3] = 0
     prefix = shared_prefix(ids, mask, 8)
     assert prefix == 9
-    plain = forward(model, ids, mask, 8, prefix)
+    plain = forward(model, ids, mask, 8, Shared(prefix))
     widths: list[int] = []
 
     def padded(length: int, where: torch.device) -> int:
@@ -153,7 +153,7 @@ def test_the_forward_without_repeated_work_keeps_to_buckets(
         return widths[-1]
 
     monkeypatch.setattr("rl.algorithms.learner.padded", padded)
-    for mine, wide in zip(forward(model, ids, mask, 8, prefix), plain, strict=True):
+    for mine, wide in zip(forward(model, ids, mask, 8, Shared(prefix)), plain, strict=True):
         torch.testing.assert_close(mine, wide)
     assert widths == [32]
 

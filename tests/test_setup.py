@@ -1,4 +1,4 @@
-"""docs/setup.md and its pictures: commands that exist, versions that are pinned, pictures made by the commands named."""
+"""docs/setup.md and its pictures: commands that exist, versions that are pinned, pictures of what is printed."""
 
 import html
 import re
