@@ -4,6 +4,7 @@ On a terminal a live bar; anywhere else (CI logs, pipes) plain lines without con
 model's output: they are shown with their control characters escaped and are never read as markup.
 """
 
+import io
 import os
 import sys
 import time
@@ -19,7 +20,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from rl import report
+from rl import processes, report
 from rl.report import Seeds
 
 COLUMNS = (  # label, names a trainer may log it under, format
@@ -262,3 +263,8 @@ def tail(text: str, length: int) -> str:
     """The last `length` characters of the text's last line that is not empty, visible, with … where more precede."""
     line = (text.rstrip().splitlines() or [""])[-1]
     return ("…" if len(line) > length else "") + visible(line[-length:])
+
+
+def terminal(stages: int) -> Display:
+    """The terminal of a run; of its processes the main one alone has it."""
+    return Display(None if processes.is_main() else io.StringIO(), stages=stages)

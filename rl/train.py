@@ -1,6 +1,5 @@
 """`python -m rl train`: what a config builds on, then its own run, from the base to models/final."""
 
-import io
 import json
 import os
 import shutil
@@ -16,7 +15,7 @@ from rl import config as configs
 from rl.algorithms import ONLINE
 from rl.checkpoints import disk_guard
 from rl.config import Config
-from rl.display import Display, Sample
+from rl.display import Display, Sample, terminal
 from rl.errors import RunFailed, UserError
 from rl.rewards import Score
 
@@ -37,14 +36,14 @@ def main(
     Raises UserError (2) for bad input, RunFailed (1) for a run that cannot go on, KeyboardInterrupt (130).
     """
     quiet()
-    display = _display()
+    display = terminal(STAGES)
     command = os.environ.get(processes.COMMAND) or " ".join(["nox -s train --", *_shown(sys.argv)])
     if seeds is None:
         train_run(path, overrides, display, command, resume=resume, restart=restart)
         return 0
     names = []
     for seed in seeds:
-        own = _display()
+        own = terminal(STAGES)
         names.append(
             train_run(path, [*overrides, f"run.seed={seed}"], own, command, resume=resume, restart=restart, many=True)
         )
@@ -378,11 +377,6 @@ def _remembered(path: Path) -> Any:
         return None
     kept = json.loads(path.read_text())
     return Measurement([Score(**score) for score in kept["scores"]], kept["completions"])
-
-
-def _display() -> Display:
-    """The terminal; of several processes the main one alone has it."""
-    return Display(None if processes.is_main() else io.StringIO(), stages=STAGES)
 
 
 def _shown(argv: Sequence[str]) -> list[str]:
