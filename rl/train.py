@@ -202,8 +202,7 @@ def _work(
     if processes.count() > 1:
         display.note(f"{processes.count()} processes, each with {processes.each(config.trainer.args)}")
     alone = processes.is_main()
-    place = processes.loading_place(where)
-    policy = start.load_policy(config, begin, place)
+    policy = start.load_policy(config, begin, processes.loading_place(where))
     stop_ids = seam.stop_ids(tokenizer, config.rollout.stop)
     needed = alone or config.trainer.algorithm in ONLINE  # the main process measures
     sampler = start.load_sampler(config, begin, policy, tokenizer, stop_ids) if needed else None
