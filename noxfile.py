@@ -59,7 +59,19 @@ def lint(session: nox.Session) -> None:
 def tests(session: nox.Session) -> None:
     """Run the tests, offline: nox -s tests -- tests/test_lock.py"""
     # tiny models gain nothing from threads that wait for each other, two processes halve the time
-    python(session, "-m", "pytest", "-n", "2", "--dist", "loadfile", *session.posargs, offline=True, threads=1)
+    python(
+        session,
+        "-m",
+        "pytest",
+        "-n",
+        "2",
+        "--dist",
+        "loadfile",
+        "--no-loadscope-reorder",
+        *session.posargs,
+        offline=True,
+        threads=1,
+    )
 
 
 @nox.session
