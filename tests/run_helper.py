@@ -1,7 +1,12 @@
 """Small runs for the tests of run folders: a record, a checkpoint as a trainer leaves it, a crash."""
 
 import json
+import os
+import signal
 from pathlib import Path
+from typing import Any
+
+import pytest
 
 from rl import files, record, run
 
@@ -49,3 +54,21 @@ def complete(root: Path, **changes) -> run.OpenRun:
     files.write_bytes(run.staging(opened) / "model.safetensors", b"final")
     run.finish(opened)
     return opened
+
+
+def train_until_ctrl_c(monkeypatch: pytest.MonkeyPatch, path: Path, step: int) -> None:
+    """Train `path` with a Ctrl-C as `step` is logged: it saves where a resume is exact, and stops."""
+    from rl import train
+    from rl.algorithms import base
+
+    on_log = base.Recorder.on_log
+
+    def interrupting(self: base.Recorder, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        on_log(self, args, state, control, **kwargs)
+        if state.global_step == step:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(base.Recorder, "on_log", interrupting)
+        with pytest.raises(KeyboardInterrupt):
+            train.main(path)

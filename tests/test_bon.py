@@ -2,8 +2,6 @@
 
 import json
 import math
-import os
-import signal
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +10,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from preference_helper import built, make_config, make_job
+from run_helper import train_until_ctrl_c
 from safetensors.numpy import load_file
 from test_pairs import Letters, Script, questions
 
 from rl import config, judge, models, pairs, train
-from rl.algorithms import base, bon
+from rl.algorithms import bon
 from rl.errors import RunFailed, UserError
 from rl.rewards.functions import RewardFunction
 
@@ -162,17 +161,7 @@ def test_a_run_samples_once_and_resumes_to_the_same_weights(tmp_path: Path, monk
     for name in ("whole", "broken"):
         Path(f"{name}.toml").write_text(RUN.format(name=name))
     assert train.main(Path("whole.toml")) == 0
-    on_log = base.Recorder.on_log
-
-    def interrupting(self: base.Recorder, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        on_log(self, args, state, control, **kwargs)
-        if state.global_step == 3:
-            os.kill(os.getpid(), signal.SIGINT)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(base.Recorder, "on_log", interrupting)
-        with pytest.raises(KeyboardInterrupt):
-            train.main(Path("broken.toml"))
+    train_until_ctrl_c(monkeypatch, Path("broken.toml"), 3)
     with monkeypatch.context() as patched:
         patched.setattr("rl.pairs.sample", lambda *_, **__: pytest.fail("sampled again"))
         assert train.main(Path("broken.toml"), resume=True) == 0

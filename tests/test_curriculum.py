@@ -2,7 +2,6 @@
 
 import json
 import os
-import signal
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +11,7 @@ import numpy as np
 import online_helper
 import pytest
 from config_helper import GRPO, error_of, write
+from run_helper import train_until_ctrl_c
 from safetensors.numpy import load_file
 
 from rl import config, curriculum, data, models, train
@@ -218,17 +218,7 @@ def test_interrupted_and_resumed_is_bit_for_bit_uninterrupted(tmp_path: Path, mo
     assert train.main(named("whole")) == 0
     rates = json.loads(Path("models/final/whole", curriculum.FILE).read_text())["right"]
     assert 0 < sum(count > 0 for count in rates.values()) < len(rates)  # some were dropped
-    on_log = base.Recorder.on_log
-
-    def interrupting(self: base.Recorder, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        on_log(self, args, state, control, **kwargs)
-        if state.global_step == 3:
-            os.kill(os.getpid(), signal.SIGINT)  # as Ctrl-C does
-
-    with monkeypatch.context() as patched:
-        patched.setattr(base.Recorder, "on_log", interrupting)
-        with pytest.raises(KeyboardInterrupt):
-            train.main(named("broken"))
+    train_until_ctrl_c(monkeypatch, named("broken"), 3)
     for path in Path("data/processed/pass_rates").iterdir():
         path.unlink()
     with monkeypatch.context() as patched:

@@ -4,18 +4,17 @@ import ast
 import inspect
 import json
 import math
-import os
-import signal
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from preference_helper import LABELLED, PAIRS, built, disturb, logp, loss_of, make_config, make_job, plain
+from run_helper import train_until_ctrl_c
 from safetensors.numpy import load_file
 
 from rl import models, train
-from rl.algorithms import base, dpo, kto
+from rl.algorithms import dpo, kto
 from rl.errors import UserError
 from rl.trl_fields import VALUES
 
@@ -282,17 +281,7 @@ def test_a_run_samples_its_pairs_once_and_resumes_to_the_same_weights(
     monkeypatch.chdir(tmp_path)
     assert train.main(write("whole", algorithm, lora)) == 0
     path = write("broken", algorithm, lora)
-    on_log = base.Recorder.on_log
-
-    def interrupting(self: base.Recorder, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        on_log(self, args, state, control, **kwargs)
-        if state.global_step == 3:
-            os.kill(os.getpid(), signal.SIGINT)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(base.Recorder, "on_log", interrupting)
-        with pytest.raises(KeyboardInterrupt):
-            train.main(path)
+    train_until_ctrl_c(monkeypatch, path, 3)
     kept = Path("models/checkpoints/broken/pairs.jsonl")
     sampled = kept.read_bytes()
     with monkeypatch.context() as patched:

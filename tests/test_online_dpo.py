@@ -2,8 +2,6 @@
 
 import json
 import math
-import os
-import signal
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from online_helper import logged, make_job
 from preference_helper import disturb, plain
+from run_helper import train_until_ctrl_c
 from safetensors.numpy import load_file
 
 from rl import config, models, train
@@ -233,17 +232,7 @@ def test_a_run_resumes_to_the_same_weights_in_another_epoch(tmp_path: Path, monk
     for name in ("whole", "broken"):
         Path(f"{name}.toml").write_text(RUN.format(name=name))
     assert train.main(Path("whole.toml")) == 0
-    on_log = base.Recorder.on_log
-
-    def interrupting(self: base.Recorder, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        on_log(self, args, state, control, **kwargs)
-        if state.global_step == 5:
-            os.kill(os.getpid(), signal.SIGINT)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(base.Recorder, "on_log", interrupting)
-        with pytest.raises(KeyboardInterrupt):
-            train.main(Path("broken.toml"))
+    train_until_ctrl_c(monkeypatch, Path("broken.toml"), 5)
     assert train.main(Path("broken.toml"), resume=True) == 0
     folders = [Path("models/final", name) for name in ("whole", "broken")]
     whole, broken = (load_file(f / "model.safetensors") for f in folders)

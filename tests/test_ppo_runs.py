@@ -2,8 +2,6 @@
 
 import json
 import math
-import os
-import signal
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +10,11 @@ import pytest
 import torch
 from online_helper import logged
 from ppo_helper import build, off_policy, ppo_job, weights
+from run_helper import train_until_ctrl_c
 from safetensors.numpy import load_file
 
 from rl import models, train
-from rl.algorithms import base, ppo
+from rl.algorithms import ppo
 from rl.errors import RunFailed
 from rl.rollouts.result import Completion
 
@@ -131,17 +130,7 @@ def test_interrupted_and_resumed_is_bit_for_bit_uninterrupted(tmp_path: Path, mo
     for name in ("whole", "broken"):
         Path(f"{name}.toml").write_text(RUN.format(name=name))
     assert train.main(Path("whole.toml")) == 0
-    on_log = base.Recorder.on_log
-
-    def interrupting(self: base.Recorder, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        on_log(self, args, state, control, **kwargs)
-        if state.global_step == 2:
-            os.kill(os.getpid(), signal.SIGINT)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(base.Recorder, "on_log", interrupting)
-        with pytest.raises(KeyboardInterrupt):
-            train.main(Path("broken.toml"))
+    train_until_ctrl_c(monkeypatch, Path("broken.toml"), 2)
     folder = Path("models/checkpoints/broken")
     assert json.loads((folder / "run.json").read_text())["steps"] == 4
     saved = load_file(folder / "checkpoint-4" / ppo.WEIGHTS)

@@ -7,14 +7,13 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
+from run_helper import train_until_ctrl_c
 from safetensors.numpy import load_file
 
 from rl import train
-from rl.algorithms import base
 from tests.tools_helper import ASCII
 
 GRPO = """
@@ -130,17 +129,7 @@ def test_interrupted_and_resumed_is_bit_for_bit_uninterrupted(case: str, monkeyp
     template, trainer, stop_at = CASES[case]
     assert train.main(write("whole", template, trainer)) == 0
     path = write("broken", template, trainer)
-    on_log = base.Recorder.on_log
-
-    def interrupting(self: base.Recorder, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        on_log(self, args, state, control, **kwargs)
-        if state.global_step == stop_at - 1:
-            os.kill(os.getpid(), signal.SIGINT)  # as Ctrl-C does
-
-    with monkeypatch.context() as patched:
-        patched.setattr(base.Recorder, "on_log", interrupting)
-        with pytest.raises(KeyboardInterrupt):
-            train.main(path)
+    train_until_ctrl_c(monkeypatch, path, stop_at - 1)
     record = json.loads(Path("models/checkpoints/broken/run.json").read_text())
     assert (record["status"], record["steps"]) == ("interrupted", stop_at)
     assert train.main(path, resume=True) == 0

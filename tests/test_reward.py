@@ -3,8 +3,6 @@
 import copy
 import json
 import math
-import os
-import signal
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from preference_helper import LABELLED, PAIRS, disturb, make_config, make_job
+from run_helper import train_until_ctrl_c
 from safetensors.numpy import load_file
 
 from rl import config, data, models, pairs, reward_run, start, train
@@ -227,17 +226,7 @@ def test_a_run_resumes_to_the_same_weights_and_leaves_a_whole_classifier(
     monkeypatch.chdir(tmp_path)
     assert train.main(write("whole", lora=lora)) == 0
     path = write("broken", lora=lora)
-    on_log = base.Recorder.on_log
-
-    def interrupting(self: base.Recorder, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        on_log(self, args, state, control, **kwargs)
-        if state.global_step == 3:
-            os.kill(os.getpid(), signal.SIGINT)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(base.Recorder, "on_log", interrupting)
-        with pytest.raises(KeyboardInterrupt):
-            train.main(path)
+    train_until_ctrl_c(monkeypatch, path, 3)
     with monkeypatch.context() as patched:
         patched.setattr("rl.pairs.sample", lambda *_, **__: pytest.fail("sampled again"))
         assert train.main(path, resume=True) == 0

@@ -14,9 +14,9 @@ import pytest
 from run_helper import checkpoint, fresh
 from test_completions import row
 
-from rl import completions, files, record, run
+from rl import completions, files, finished, record, run
 from rl.errors import UserError
-from rl.viewer import command, find, page, query, samples
+from rl.viewer import command, page, query, samples
 
 EVIL = "</script><script>document.title='owned'</script><img src=x onerror=\"document.title='owned'\"><!-- \u2028 'x'"
 BROWSER = next(
@@ -38,7 +38,7 @@ def root(tmp_path: Path) -> Path:
 
 
 def table(root: Path) -> Any:
-    return completions.read(find.folder("demo", root, unfinished=True))
+    return completions.read(finished.folder("demo", root, unfinished=True))
 
 
 @pytest.mark.parametrize(
@@ -78,9 +78,9 @@ def test_an_unknown_run_lists_the_nearest(root: Path) -> None:
     with pytest.raises(
         UserError, match=r"demmo: no such run in models/final or models/checkpoints, did you mean 'demo'"
     ):
-        find.folder("demmo", root, unfinished=True)
+        finished.folder("demmo", root, unfinished=True)
     with pytest.raises(UserError, match="holds no run; make one"):
-        find.folder("demo", root)
+        finished.folder("demo", root)
 
 
 def show(root: Path, **given: Any) -> int:

@@ -11,11 +11,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import IO, Any
 
-from rl import record
+from rl import finished, record
 from rl.display import visible
 from rl.errors import UserError
 from rl.rollouts.result import Sampling
-from rl.viewer import find
 
 HELP = """\
 /base     the model the run came from answers; again: the run      /both     both answer; again: one
@@ -181,7 +180,7 @@ def main(
 
     Raises UserError for an unknown run, one that does not talk, or settings that are out of range.
     """
-    folder = find.folder(text, root)
+    folder = finished.folder(text, root)
     run = record.read(folder)
     if run.status != "finished":
         raise UserError(f"{text}: {run.status}; a run can be talked to when it has finished: --resume goes on with it")

@@ -5,10 +5,10 @@ from typing import Any
 
 from rich.console import Console
 
-from rl import completions, files
+from rl import completions, files, finished
 from rl.checkpoints import disk_guard
 from rl.errors import UserError
-from rl.viewer import find, page, query, terminal
+from rl.viewer import page, query, terminal
 
 LIMIT = 20  # completions shown in a terminal that asks for no other number
 
@@ -30,7 +30,7 @@ def main(
     root: Path = Path(),
 ) -> int:
     """Show completions in the terminal, or write (`html`) or serve (`watch`) the page. Returns the exit code."""
-    folder = find.folder(text, root, unfinished=True)
+    folder = finished.folder(text, root, unfinished=True)
     conditions: dict[str, Any] = {"reward": reward, "length": length, "step": step, "text": words, "sort": sort}
 
     def chosen(most: int | None) -> tuple[list[dict[str, Any]], list[dict[str, Any]], list[str]]:
@@ -60,7 +60,7 @@ def _watch(folder: Path, text: str, root: Path, conditions: dict[str, Any], port
     query.build([f"{completions.REWARD}x"], **conditions | {"reward": []})  # bad conditions are said at once
 
     def fresh() -> dict[str, Any]:
-        now = find.folder(text, root, unfinished=True)
+        now = finished.folder(text, root, unfinished=True)
         try:
             table = completions.read(now)
             rows, columns = table.to_pylist(), table.column_names

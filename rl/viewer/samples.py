@@ -6,10 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from rl import completions, files, record, report
+from rl import completions, files, finished, record, report
 from rl.display import visible
 from rl.errors import UserError
-from rl.viewer import find
 
 KINDS = {  # (right before, right after) -> what happened
     (False, True): "learned",
@@ -44,7 +43,7 @@ class Held:
 
 def main(text: str, out: Path | None, root: Path = Path()) -> int:
     """Write `samples.html` and `samples.md` into `out`, or the run's own folder. Returns the exit code."""
-    folder = find.folder(text, root)
+    folder = finished.folder(text, root)
     run, rows = record.read(folder), read(folder)
     target = out or folder
     files.write_text(target / "samples.html", page(run, rows))
