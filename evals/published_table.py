@@ -125,13 +125,17 @@ def _row(run: record.Record, own: str, other: str) -> list[str]:
 
 
 def _short(groups: list[list["Published"]], family: bool) -> list[str]:
-    """The README's table of one experiment, or of a family with the experiments' names in front."""
+    """The README's table of one experiment, or of a family with the experiments' names in front.
+
+    A family shows an experiment of several seeds by their mean alone, with the longest time: each run is a row of
+    evals/published/README.md.
+    """
     tables = [seeds(group) for group in groups]
     mixed = len({own.metric for own, _ in tables}) > 1
     rows = []
     for group, (own, other) in zip(groups, tables, strict=True):
         first = [group[0].experiment + (f" ({own.metric})" if mixed else "")] if family else []
-        for one in group:
+        for one in group if not family or len(group) == 1 else []:
             result: Any = one.run.result
             score, beside = result[own.metric], result[other.metric]
             cells = [report.plus_minus(score["before"]), report.plus_minus(score["after"])]
@@ -139,9 +143,10 @@ def _short(groups: list[list["Published"]], family: bool) -> list[str]:
             cells += [f"{beside['before']['value']:.3f} → {beside['after']['value']:.3f}"]
             rows.append([*first, str(one.run.seed), *cells, *([_constant(one, "scores")] if family else [])])
         if len(group) > 1:
-            means = [_over(own, "before"), _over(own, "after"), report.interval(own.mean["difference"]), ""]
+            longest = f"≤ {report.duration(max(one.run.wall_s for one in group))}" if family else ""
+            means = [_over(own, "before"), _over(own, "after"), report.interval(own.mean["difference"]), longest]
             second = f"{other.mean['before']['value']:.3f} → {other.mean['after']['value']:.3f}"
-            rows.append([*first, f"mean of {len(group)}", *means, second, *([""] if family else [])])
+            rows.append([*first, f"mean of {len(group)}", *means, second, *([_constant(group[0], "scores")] if family else [])])
     own, other = tables[0]
     head = [*(["run"] if family else []), "seed", "before", "after", "difference [95 %]", "time"]
     head += ["the other score" if mixed else other.metric]

@@ -293,6 +293,17 @@ def test_a_family_shows_each_experiment_with_its_constant_answer(root: Path) -> 
     assert "smollm1" not in text
 
 
+def test_a_family_shows_several_seeds_by_their_mean_and_longest_time(root: Path) -> None:
+    """One row an experiment, or a README of ten experiments is a wall; the runs stand in evals/published/README.md."""
+    (root / "README.md").write_text("<!-- published: dem* -->\n<!-- end -->\n")
+    published.publish(root, [f"demo-seed{seed}" for seed in AFTER])
+    rows = [line for line in (root / "README.md").read_text().splitlines() if line.startswith("| demo")]
+    assert len(rows) == 1
+    assert rows[0].startswith("| demo | mean of 3 | 0.250 | 0.750 [")
+    assert "| ≤ 1 min 01 s |" in rows[0]
+    assert "`7` (3 of 8), scores 0.375" in rows[0]
+
+
 def test_a_family_of_two_metrics_says_which_is_whose(root: Path) -> None:
     """Trap: a lenient gain read as a strict one."""
     for name in ("x-strict", "x-lenient"):
