@@ -146,7 +146,9 @@ def _short(groups: list[list["Published"]], family: bool) -> list[str]:
             longest = f"≤ {report.duration(max(one.run.wall_s for one in group))}" if family else ""
             means = [_over(own, "before"), _over(own, "after"), report.interval(own.mean["difference"]), longest]
             second = f"{other.mean['before']['value']:.3f} → {other.mean['after']['value']:.3f}"
-            rows.append([*first, f"mean of {len(group)}", *means, second, *([_constant(group[0], "scores")] if family else [])])
+            rows.append(
+                [*first, f"mean of {len(group)}", *means, second, *([_constant(group[0], "scores")] if family else [])]
+            )
     own, other = tables[0]
     head = [*(["run"] if family else []), "seed", "before", "after", "difference [95 %]", "time"]
     head += ["the other score" if mixed else other.metric]
