@@ -34,7 +34,7 @@ from evals import mlx_adapter
 from rl import models
 from rl.errors import RunFailed, UserError
 from rl.hf_folder import weight_files
-from rl.rollouts import device, scoring
+from rl.rollouts import device, fused, scoring
 from rl.rollouts.engine import Engine, common_prefix
 from rl.rollouts.load import load_sampler
 from rl.rollouts.result import Sampling
@@ -80,6 +80,8 @@ def build(
     model = load_sampler(folder, dtype, packed=packed)
     if adapter is not None:
         mlx_adapter.attach(model, adapter)
+    if device.fuses_products():
+        fused.fuse(model)
     if tokenizer is None:
         source = adapter if adapter is not None and (adapter / "tokenizer.json").is_file() else folder
         tokenizer = models.load_tokenizer(models.Base(source.name, source, ""))

@@ -27,4 +27,7 @@ def _bind_blas() -> bool:
 
 # mlx's CUDA backend rounds float32 products to TF32 unless told not to: mean |dlogp| 6e-3 instead of 2e-5
 os.environ.setdefault("MLX_ENABLE_TF32", "0")
+# and keeps so many CUDA graphs; past twice its 400, in a run's life, it would raise "Cache thrashing is happening"
+os.environ.setdefault("MLX_CUDA_GRAPH_CACHE_SIZE", "2000")
+os.environ.setdefault("MLX_ENABLE_CACHE_THRASHING_CHECK", "0")
 BLAS_BOUND = _bind_blas()

@@ -16,6 +16,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
+from rl.rollouts import device
 from rl.rollouts.forward import Prefilled
 
 RING_STEP = 64  # a ring starts with so many columns and grows as it is used
@@ -229,11 +230,16 @@ class Joined:
         mask: mx.array,
     ) -> mx.array:
         """As `Grouped.attend`; `column` counts from the prompt's first."""
-        own_k, own_v = _written(arrays["own"], layer, keys, values, column)
+        own_k, own_v = _put(arrays["own"], layer, keys, values, column)
         used = mask.shape[-1]
-        return mx.fast.scaled_dot_product_attention(
-            queries, own_k[:, :, :used], own_v[:, :, :used], scale=scale, mask=mask[:, None]
-        )
+        own_k, own_v = own_k[:, :, :used], own_v[:, :, :used]
+        if device.masks_fused_attention():
+            return mx.fast.scaled_dot_product_attention(queries, own_k, own_v, scale=scale, mask=mask[:, None])
+        rows, heads, _, width = queries.shape
+        queries = (queries * scale).reshape(rows, own_k.shape[1], -1, width)
+        scores = queries @ own_k.swapaxes(-1, -2)
+        scores = mx.where(mask[:, None], scores, mx.finfo(scores.dtype).min)
+        return (mx.softmax(scores, axis=-1, precise=True) @ own_v).reshape(rows, heads, 1, width)
 
 
 def masks(
@@ -265,6 +271,14 @@ def masks(
 def _written(own: Any, layer: int, keys: mx.array, values: mx.array, column: mx.array) -> tuple[mx.array, mx.array]:
     for part, new in zip(own, (keys, values), strict=True):
         part[layer] = mx.slice_update(part[layer], new, column, axes=(2,))
+    return own[0][layer], own[1][layer]
+
+
+def _put(own: Any, layer: int, keys: mx.array, values: mx.array, column: mx.array) -> tuple[mx.array, mx.array]:
+    """As `_written`, in one operation each: a slice whose place is on the device takes one more to find it."""
+    where = mx.broadcast_to(column.reshape(1, 1, 1, 1), keys.shape)
+    for part, new in zip(own, (keys, values), strict=True):
+        part[layer] = mx.put_along_axis(part[layer], where, new, axis=2)
     return own[0][layer], own[1][layer]
 
 

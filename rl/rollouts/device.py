@@ -59,6 +59,17 @@ def compiles_steps() -> bool:
     return backend() != "cpu"
 
 
+def fuses_products() -> bool:
+    """Whether layers of one input are multiplied as one (rl/rollouts/fused.py): the launches again."""
+    return backend() != "cpu"
+
+
+def masks_fused_attention() -> bool:
+    """Whether MLX's fused attention of one query a row takes a mask; with CUDA it does not, and would be taken apart
+    into more operations than it takes here."""
+    return backend() != "cuda"
+
+
 def share_memory() -> None:
     """Bound what MLX keeps for reuse: trainer and sampler live in one memory, and freed buffers of many shapes pile up.
 

@@ -13,7 +13,7 @@ import mlx.core as mx
 import numpy as np
 
 from rl.errors import UserError
-from rl.rollouts import cache, device
+from rl.rollouts import cache, device, fused
 from rl.rollouts.forward import head, hidden_states, prefill, prefill_last
 from rl.rollouts.result import Completion, Sampling, Totals
 from rl.rollouts.sampling import sample, uniforms_for
@@ -89,6 +89,8 @@ class Engine:
         if self.decode is None and any(stops):
             raise ValueError("stop texts need the tokenizer's decode")
         started = time.perf_counter()
+        if (products := fused.of(self.model)) is not None:
+            products.refresh(self.model)
         pool = _Pool(self, [tuple(p) for p in prompts], sampling, max_tokens, (seed, step), stops)
         if heard is not None:
             pool.heard = _Teller(heard, len(prompts))
@@ -104,7 +106,9 @@ class Engine:
             return decode_step(self.model, self.layout, *key)
         if key not in self.steps:
             # the weights are an input: compiled in as constants they would stay those of the first sync
-            self.steps[key] = mx.compile(decode_step(self.model, self.layout, *key), inputs=[self.model.state])
+            products = fused.of(self.model)
+            weights = [self.model.state] if products is None else [fused.rest(self.model), products.state]
+            self.steps[key] = mx.compile(decode_step(self.model, self.layout, *key), inputs=weights)
         return self.steps[key]
 
 

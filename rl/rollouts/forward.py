@@ -10,7 +10,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
+
+from rl.rollouts import fused
 
 # queries (B, heads, N, D), keys and values (B, kv_heads, N, D) of layer i and its scale -> (B, heads, N, D)
 Attend = Callable[[int, mx.array, mx.array, mx.array, float], mx.array]
@@ -31,21 +34,23 @@ def hidden_states(
     """
     inner, args = model.model, model.args
     gemma = args.model_type == "gemma3_text"
+    products = fused.of(model)
     x = inner.embed_tokens(tokens_B_N)
     if gemma:
         x = x * mx.array(args.hidden_size**0.5).astype(x.dtype)
     look("model.embed_tokens", x)
     for i, layer in enumerate(inner.layers):
         name = f"model.layers.{i}"
-        attended = _attention(layer.self_attn, layer.input_layernorm(x), offset, attend, i)
+        own = None if products is None else products.layers[i]
+        attended = _attention(layer.self_attn, own, layer.input_layernorm(x), offset, attend, i)
         look(f"{name}.self_attn", attended)
         if gemma:
             middle = _residual(x, layer.post_attention_layernorm(attended))
-            fed = layer.mlp(layer.pre_feedforward_layernorm(middle))
+            fed = _feed(layer.mlp, own, layer.pre_feedforward_layernorm(middle), gemma)
             x = _residual(middle, layer.post_feedforward_layernorm(fed))
         else:
             middle = x + attended
-            fed = layer.mlp(layer.post_attention_layernorm(middle))
+            fed = _feed(layer.mlp, own, layer.post_attention_layernorm(middle), gemma)
             x = middle + fed
         look(f"{name}.mlp", fed)
         look(name, x)
@@ -57,17 +62,37 @@ def head(model: Any, hidden: mx.array) -> mx.array:
     return model.lm_head(hidden) if "lm_head" in model else model.model.embed_tokens.as_linear(hidden)
 
 
-def _attention(module: Any, x: mx.array, offset: int | mx.array, attend: Attend, layer: int) -> mx.array:
+def _attention(
+    module: Any, products: fused.Layer | None, x: mx.array, offset: int | mx.array, attend: Attend, layer: int
+) -> mx.array:
     rows, length, _ = x.shape
-    queries = module.q_proj(x).reshape(rows, length, module.n_heads, -1)
-    keys = module.k_proj(x).reshape(rows, length, module.n_kv_heads, -1)
-    values = module.v_proj(x).reshape(rows, length, module.n_kv_heads, -1).transpose(0, 2, 1, 3)
+    heads, kv_heads = module.n_heads, module.n_kv_heads
+
+    def by_head(out: mx.array, count: int) -> mx.array:
+        return out.reshape(rows, length, count, -1).transpose(0, 2, 1, 3)
+
+    if products is None:
+        queries, keys = by_head(module.q_proj(x), heads), by_head(module.k_proj(x), kv_heads)
+        values = by_head(module.v_proj(x), kv_heads)
+    else:
+        every = by_head(products.qkv(x), heads + 2 * kv_heads)
+        queries, keys, values = mx.split(every, [heads, heads + kv_heads], axis=1)
     if "q_norm" in module:
         queries, keys = module.q_norm(queries), module.k_norm(keys)
-    queries = module.rope(queries.transpose(0, 2, 1, 3), offset=offset)
-    keys = module.rope(keys.transpose(0, 2, 1, 3), offset=offset)
-    out = attend(layer, queries, keys, values, module.scale)
-    return module.o_proj(out.transpose(0, 2, 1, 3).reshape(rows, length, -1))
+    elif products is not None:
+        # one operation for both; values turn with them, unread: a part of the array would be copied first
+        queries, keys, _ = mx.split(module.rope(every, offset=offset), [heads, heads + kv_heads], axis=1)
+    if "q_norm" in module or products is None:
+        queries, keys = module.rope(queries, offset=offset), module.rope(keys, offset=offset)
+    out = attend(layer, queries, keys, values, module.scale).transpose(0, 2, 1, 3).reshape(rows, length, -1)
+    return module.o_proj(out) if products is None else products.o(out)
+
+
+def _feed(module: Any, products: fused.Layer | None, x: mx.array, gemma: bool) -> mx.array:
+    if products is None:
+        return module(x)
+    gate, up = mx.split(products.gate_up(x), 2, axis=-1)
+    return products.down(nn.gelu_approx(gate) * up if gemma else nn.silu(gate) * up)
 
 
 def _residual(x: mx.array, y: mx.array) -> mx.array:
@@ -100,6 +125,8 @@ def prefill(
 
     `common` is one prompt that all of them continue; it is not read again, and `lengths` count it.
     """
+    if (products := fused.of(model)) is not None:
+        products.refresh(model)
     before = 0 if common is None else int(common.lengths[0])
     longest = max(len(p) for p in prompts)
     tokens = mx.array([list(p) + [0] * (longest - len(p)) for p in prompts], dtype=mx.int32)

@@ -4,15 +4,16 @@ Under `copy` precision it is a quantized one of the merged weights, made anew at
 the trainer's, and an adapter's small steps are lost between the quantization's: it exists to measure that.
 """
 
+import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 
-from rl.rollouts import device, parity, sync
+from rl.rollouts import device, fused, parity, sync
 from rl.rollouts.engine import Engine
 from rl.rollouts.load import load_sampler
 from rl.rollouts.result import Completion, Sampling
@@ -62,6 +63,10 @@ class MLXSampler:
             report = sync.sync_adapter(self.model, adapters)
         else:
             report = sync.sync_weights(self.model, policy.named_parameters())
+        if (products := fused.of(self.model)) is not None:
+            started = time.perf_counter()
+            products.refresh(self.model)
+            report = replace(report, seconds=report.seconds + time.perf_counter() - started)
         self.syncs.count += 1
         self.syncs.last_s = report.seconds
         self.syncs.total_s += report.seconds
@@ -116,6 +121,8 @@ def build(
         sync.check_group_size(model, group_size)
         if packed := device.keeps_packed_weights():
             nn.quantize(model, group_size=group_size, bits=bits)
+    if device.fuses_products():
+        fused.fuse(model)
     engine = Engine(
         model,
         eos_ids,

@@ -1,0 +1,153 @@
+"""Layers that read the same input, multiplied as one: queries, keys and values; gate and up; each with its LoRA.
+
+Decoding on a GPU waits for its operations to be launched, one by one, and a LoRA layer has five where a plain one has
+one. Here the rows of the weights lie in one array, of which each layer keeps its part as a view, and the adapters of
+the layers are one pair of matrices: A side by side, B in blocks with the scale in it. So a layer of a LoRA policy has
+12 products where it had 35 operations for them, with the same numbers but for rounding.
+
+A model's layers stay what they are and may be synced as before; `refresh` takes over what has changed.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+QUANTIZED = ("weight", "scales", "biases")
+
+
+class Product:
+    """The outputs of several linear layers of one input, side by side."""
+
+    def __init__(self) -> None:
+        self.state: dict[str, mx.array] = {}  # weight (and scales, biases), bias, a and b: what compiled steps read
+        self.seen: list[Any] = []  # the layers' arrays that `state` was made of
+        self.settings: dict[str, Any] = {}
+
+    def refresh(self, layers: Sequence[nn.Module]) -> bool:
+        """Take over the layers' weights if any of them is another array than at the last call; whether one was."""
+        bases = [layer.linear if "lora_a" in layer else layer for layer in layers]
+        names = QUANTIZED if "scales" in bases[0] else QUANTIZED[:1]
+        seen = [base[name] for base in bases for name in names]
+        seen += [layer.get(name) for layer, base in zip(layers, bases, strict=True) for name in ("lora_a", "lora_b")]
+        seen += [base.get("bias") for base in bases]
+        if len(seen) == len(self.seen) and all(new is old for new, old in zip(seen, self.seen, strict=True)):
+            return False
+        self.state.clear()  # in place: compiled steps hold the dictionary
+        if "scales" in bases[0]:
+            self.settings = {name: getattr(bases[0], name) for name in ("group_size", "bits", "mode")}
+        sizes = [base["weight"].shape[0] for base in bases]
+        for name in names:
+            self._join(name, bases, sizes)
+        if any("bias" in base for base in bases):
+            kind = bases[0]["scales" if "scales" in bases[0] else "weight"].dtype
+            parts = [base.get("bias", mx.zeros(size, kind)) for base, size in zip(bases, sizes, strict=True)]
+            self.state["bias"] = mx.concatenate(parts)
+        if any("lora_a" in layer for layer in layers):
+            self._join_adapters(layers, sizes)
+        self.seen = [base[name] for base in bases for name in names] + seen[len(names) * len(bases) :]
+        return True
+
+    def _join(self, name: str, bases: Sequence[nn.Module], sizes: Sequence[int]) -> None:
+        if len(bases) == 1:
+            self.state[name] = bases[0][name]
+            return
+        whole = mx.concatenate([base[name] for base in bases])
+        mx.eval(whole)
+        start = 0
+        for base, size in zip(bases, sizes, strict=True):
+            base[name] = whole[start : start + size]
+            start += size
+        mx.eval([base[name] for base in bases])  # views now: what they were views of before is free
+        self.state[name] = whole
+
+    def _join_adapters(self, layers: Sequence[nn.Module], sizes: Sequence[int]) -> None:
+        start, a, b = 0, [], []
+        for layer, size in zip(layers, sizes, strict=True):
+            if "lora_a" in layer:
+                a.append(layer["lora_a"])
+                b.append(mx.pad(layer.scale * layer["lora_b"], [(0, 0), (start, sum(sizes) - start - size)]))
+            start += size
+        self.state["a"], self.state["b"] = mx.concatenate(a, axis=1), mx.concatenate(b)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        """(…, in) -> (…, sum of the layers' outputs), in the dtype of `x`."""
+        state, flat = self.state, x.reshape(-1, x.shape[-1])
+        if self.settings:
+            out = mx.quantized_matmul(flat, *(state[n] for n in QUANTIZED), transpose=True, **self.settings)
+            out = out + state["bias"] if "bias" in state else out
+        elif "bias" in state:
+            out = mx.addmm(state["bias"], flat, state["weight"].T)
+        else:
+            out = flat @ state["weight"].T
+        if "a" in state:
+            out = mx.addmm(out, flat @ state["a"].astype(x.dtype), state["b"].astype(x.dtype))
+        return out.reshape(*x.shape[:-1], -1)
+
+
+class Layer:
+    """The products of one layer."""
+
+    def __init__(self) -> None:
+        self.qkv, self.o, self.gate_up, self.down = Product(), Product(), Product(), Product()
+
+    def products(self, layer: nn.Module) -> list[tuple[Product, list[nn.Module]]]:
+        """Each with the modules that it stands for."""
+        attention, mlp = layer.self_attn, layer.mlp
+        return [
+            (self.qkv, [attention.q_proj, attention.k_proj, attention.v_proj]),
+            (self.o, [attention.o_proj]),
+            (self.gate_up, [mlp.gate_proj, mlp.up_proj]),
+            (self.down, [mlp.down_proj]),
+        ]
+
+
+class Fused:
+    """The products of a whole model."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.layers = [Layer() for _ in model.model.layers]
+        self.refresh(model)
+
+    def refresh(self, model: nn.Module) -> None:
+        """Take over what a sync, or a new adapter, has changed since the last time; under a millisecond if nothing."""
+        for layer, module in zip(self.layers, model.model.layers, strict=True):
+            changed = [product for product, parts in layer.products(module) if product.refresh(parts)]
+            if changed:
+                kind = model.model.norm.weight.dtype
+                for product in changed:
+                    product.state |= {n: product.state[n].astype(kind) for n in ("a", "b") if n in product.state}
+                mx.eval([product.state for product in changed])
+
+    @property
+    def state(self) -> list[dict[str, mx.array]]:
+        """All arrays, as an input of compiled steps."""
+        return [p.state for layer in self.layers for p in (layer.qkv, layer.o, layer.gate_up, layer.down)]
+
+
+def rest(model: nn.Module) -> list[Any]:
+    """What no product holds (embedding, norms, head), as an input of compiled steps."""
+    inner = model.model
+    norms = [{n: m for n, m in layer.items() if n not in ("self_attn", "mlp")} for layer in inner.layers]
+    own = [{n: m for n, m in layer.self_attn.items() if n in ("q_norm", "k_norm")} for layer in inner.layers]
+    return [inner.embed_tokens, inner.norm, model.get("lm_head", {}), norms, own]
+
+
+def fuse(model: nn.Module) -> None:
+    """Let `model` (of rl/rollouts/load.py) be run by its fused products, if layers of one input are of one kind."""
+    layers = [parts for layer in model.model.layers for _, parts in Layer().products(layer)]
+    if all(len({_kind(layer) for layer in parts}) == 1 for parts in layers):
+        model.fused = Fused(model)
+
+
+def _kind(layer: nn.Module) -> tuple[Any, ...]:
+    """What must be alike in layers whose weights are to lie in one array."""
+    base = layer.linear if "lora_a" in layer else layer
+    settings = tuple(getattr(base, name, None) for name in ("group_size", "bits", "mode"))
+    return ("scales" in base, base["weight"].dtype, base["weight"].shape[1], *settings)
+
+
+def of(model: nn.Module) -> Fused | None:
+    """The model's fused products, None where it has none."""
+    return getattr(model, "fused", None)
