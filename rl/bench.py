@@ -232,7 +232,9 @@ def sync_times(subject: Subject, setting: Setting, policy: Any) -> list[Sync]:
             subject.base.path, precision="full", dtype=setting.dtype, eos_ids=[0], context=None, max_batch=256
         )
         reports = [sampler.sync(policy) for _ in range(1 + 2 * setting.repeats)][1:]
-        found.append(Sync(what, reports[0].tensors, reports[0].bytes, [r.seconds for r in reports]))
+        found.append(
+            Sync(f"{what}, {reports[0].way}", reports[0].tensors, reports[0].bytes, [r.seconds for r in reports])
+        )
     return found
 
 

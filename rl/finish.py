@@ -61,7 +61,7 @@ def finish(opened: run.OpenRun, results: Results, save: Callable[[Path], None], 
 def rollout_record(config: Config, folder: Path, sampler: Mapping[str, Any]) -> dict[str, Any]:
     """`run.json`'s `rollout`: means over the logged steps; null where the run did not sample.
 
-    `sampler` says how the MLX sampler held its weights, {"dtype", "packed"}.
+    `sampler` says how the MLX sampler held its weights and how they came there, {"dtype", "packed", "sync_way"}.
     """
     rows = record.read_metrics(folder / "metrics.jsonl")
 
@@ -77,6 +77,7 @@ def rollout_record(config: Config, folder: Path, sampler: Mapping[str, Any]) -> 
         "tokens_per_s": mean("rollout/tokens_per_s"),
         "sync_s": mean("time/sync"),
         "sync_bytes": mean("sync/bytes"),
+        "sync_way": sampler.get("sync_way"),
         "mean_abs_dlogp": mean("sampling/sampling_logp_difference/mean"),
         "ess": mean("sampling/ess"),
         "kept_weight": mean("sampling/kept_weight"),
@@ -87,7 +88,12 @@ def rollout_record(config: Config, folder: Path, sampler: Mapping[str, Any]) -> 
 
 def held(sampler: Any) -> dict[str, Any]:
     """How a sampler holds its weights; nothing for torch's."""
-    return {"dtype": getattr(sampler, "dtype", None), "packed": getattr(sampler, "packed", None)}
+    syncs = getattr(sampler, "syncs", None)
+    return {
+        "dtype": getattr(sampler, "dtype", None),
+        "packed": getattr(sampler, "packed", None),
+        "sync_way": getattr(syncs, "way", None),
+    }
 
 
 def write_jsonl(path: Path, rows: Sequence[Row]) -> None:

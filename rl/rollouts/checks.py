@@ -5,7 +5,7 @@ import numpy as np
 import torch
 
 from rl.rollouts.load import DTYPES
-from rl.rollouts.sync import to_mlx
+from rl.rollouts.transfer import to_mlx
 
 
 def changed_bits(dtype: torch.dtype, device: torch.device) -> tuple[int, int]:

@@ -16,7 +16,8 @@ from rl.errors import UserError
 from rl.files import write_json
 from rl.rollouts.families import sampler_config
 from rl.rollouts.load import DTYPES, load_sampler
-from rl.rollouts.sync import adapter_tensors, sync_weights, to_mlx
+from rl.rollouts.sync import adapter_tensors, sync_weights
+from rl.rollouts.transfer import to_mlx
 
 
 def write_adapter(policy: Any, folder: Path) -> None:

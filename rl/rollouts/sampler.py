@@ -21,13 +21,14 @@ from rl.rollouts.result import Completion, Sampling
 
 @dataclass
 class SyncTotals:
-    """Hand-overs so far: count, seconds of the last and of all, bytes of one."""
+    """Hand-overs so far: count, seconds of the last and of all, bytes of one, and the way they took."""
 
     count: int = 0
     last_s: float = 0.0
     total_s: float = 0.0
     bytes: int = 0
     tensors: int = field(default=0)
+    way: str | None = None
 
 
 class MLXSampler:
@@ -70,7 +71,7 @@ class MLXSampler:
         self.syncs.count += 1
         self.syncs.last_s = report.seconds
         self.syncs.total_s += report.seconds
-        self.syncs.bytes, self.syncs.tensors = report.bytes, report.tensors
+        self.syncs.bytes, self.syncs.tensors, self.syncs.way = report.bytes, report.tensors, report.way
         return report
 
     def check(self, policy: Any, vocabulary: int) -> parity.Parity:

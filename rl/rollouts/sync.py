@@ -15,9 +15,11 @@ import torch
 from mlx.utils import tree_flatten, tree_unflatten
 
 from rl.errors import RunFailed, UserError
+from rl.rollouts import transfer
 
-# tensors copied together: large enough that the count of copies does not matter, small beside any model
+# tensors of a GPU copied together: large enough that the count of copies does not matter, small beside any model
 PART_BYTES = 64 << 20
+HELD = {held: sent for sent, held in transfer.DTYPES.items()}
 
 
 class SyncError(RunFailed):
@@ -26,19 +28,13 @@ class SyncError(RunFailed):
 
 @dataclass(frozen=True)
 class SyncReport:
-    """One hand-over: how many tensors, how many bytes, how long (seconds of wall time)."""
+    """One hand-over: how many tensors, how many bytes of the trainer's, how long (seconds of wall time, from when the
+    trainer's device is idle), and which way (`rl.rollouts.transfer`)."""
 
     tensors: int
     bytes: int
     seconds: float
-
-
-def to_mlx(tensor: torch.Tensor) -> mx.array:
-    """A copy of `tensor` in MLX with the same dtype and bits; bfloat16 travels as 16-bit words, not through float32."""
-    tensor = tensor.detach().to("cpu").contiguous()
-    if tensor.dtype == torch.bfloat16:
-        return mx.array(tensor.view(torch.int16).numpy()).view(mx.bfloat16)
-    return mx.array(tensor.numpy())
+    way: str
 
 
 def adapter_tensors(model: Any, adapter: str = "default") -> dict[str, tuple[torch.Tensor, torch.Tensor, float]]:
@@ -125,7 +121,6 @@ def sync_quantized(
     """Quantize and copy all weights of a model without adapters: MLX's affine quantization of every linear layer and
     embedding from float32 values, as `mx.quantize` rounds them. A sampler that holds floating-point weights gets the
     dequantized values, the same policy. `bytes` are those of the trainer's tensors."""
-    started = time.perf_counter()
     layers = {n: m for n, m in sampler.named_modules() if hasattr(m, "to_quantized") or hasattr(m, "scales")}
     held = dict(tree_flatten(sampler.parameters()))
     tied = "lm_head.weight" not in held
@@ -133,6 +128,7 @@ def sync_quantized(
     parts = {f"{stem}.{kind}" for stem in layers for kind in ("scales", "biases")}
     _check_names((name for name, _ in pairs), held.keys() - parts)
     arrays: list[tuple[str, mx.array]] = []
+    started = _start(pairs)
     for part in _parts(pairs):
         for name, array in _transfer(part):
             stem, _, kind = name.rpartition(".")
@@ -150,9 +146,8 @@ def sync_quantized(
     for name, array in arrays:
         if array.shape != held[name].shape:
             raise SyncError(f"{name}: the trainer's shape is {array.shape}, the sampler's {held[name].shape}")
-    size = sum(tensor.numel() * tensor.element_size() for _, tensor in pairs)
     sampler.load_weights(arrays, strict=False)  # names were checked above: exactly the held ones
-    return SyncReport(len(pairs), size, time.perf_counter() - started)
+    return _report(pairs, started)
 
 
 def _check_names(sent: Iterable[str], held: Iterable[str]) -> None:
@@ -167,41 +162,84 @@ def _check_names(sent: Iterable[str], held: Iterable[str]) -> None:
 
 
 def _copy(sampler: nn.Module, pairs: list[tuple[str, torch.Tensor]], held: dict[str, mx.array]) -> SyncReport:
-    started = time.perf_counter()
     _check_names((name for name, _ in pairs), held)
     for name, tensor in pairs:
         if tuple(tensor.shape) != tuple(held[name].shape):
             raise SyncError(f"{name}: the trainer's shape is {tuple(tensor.shape)}, the sampler's {held[name].shape}")
-    arrays = [(n, array.astype(held[n].dtype)) for part in _parts(pairs) for n, array in _transfer(part)]
-    size = sum(tensor.numel() * tensor.element_size() for _, tensor in pairs)
-    sampler.load_weights(arrays, strict=False)  # names were checked above: exactly the held ones
+    started = _start(pairs)
+    wanted = {name: HELD.get(value.dtype) for name, value in held.items()}
+    arrays = [pair for part in _parts(pairs, wanted) for pair in _transfer(part, wanted[part[0][0]])]
     mx.eval([array for _, array in arrays])
-    return SyncReport(len(arrays), size, time.perf_counter() - started)
+    sampler.load_weights(arrays, strict=False)  # names were checked above: exactly the held ones
+    return _report(pairs, started)
 
 
-def _parts(pairs: list[tuple[str, torch.Tensor]]) -> Iterator[list[tuple[str, torch.Tensor]]]:
-    """Consecutive tensors of one dtype, together at most PART_BYTES (or one larger tensor)."""
+def _start(pairs: list[tuple[str, torch.Tensor]]) -> float:
+    """When the hand-over begins: the trainer's own work, still queued on its device, is none of it."""
+    for device in {tensor.device for _, tensor in pairs}:
+        transfer.way(device)  # the trial of a first time compiles a kernel
+        transfer.wait(device)
+    return time.perf_counter()
+
+
+def _report(pairs: list[tuple[str, torch.Tensor]], started: float) -> SyncReport:
+    seconds = time.perf_counter() - started
+    ways = sorted({transfer.way(tensor.device).name for _, tensor in pairs})
+    return SyncReport(len(pairs), sum(tensor.nbytes for _, tensor in pairs), seconds, " and ".join(ways))
+
+
+def _parts(
+    pairs: list[tuple[str, torch.Tensor]], wanted: dict[str, torch.dtype | None] | None = None
+) -> Iterator[list[tuple[str, torch.Tensor]]]:
+    """Consecutive tensors of one device, type and `wanted` type, together at most PART_BYTES (or one larger tensor)."""
     part: list[tuple[str, torch.Tensor]] = []
     size = 0
+    last: Any = None
     for name, tensor in pairs:
-        bytes_ = tensor.numel() * tensor.element_size()
-        if part and (size + bytes_ > PART_BYTES or tensor.dtype != part[0][1].dtype):
+        kind = (tensor.device, tensor.dtype, wanted and wanted[name])
+        if part and (size + tensor.nbytes > PART_BYTES or kind != last):
             yield part
             part, size = [], 0
         part.append((name, tensor))
-        size += bytes_
+        size, last = size + tensor.nbytes, kind
     if part:
         yield part
 
 
-def _transfer(part: list[tuple[str, torch.Tensor]]) -> list[tuple[str, mx.array]]:
-    """One check and one copy for all tensors of `part`: each of its own would make a GPU wait hundreds of times."""
+def _transfer(part: list[tuple[str, torch.Tensor]], dtype: torch.dtype | None = None) -> list[tuple[str, mx.array]]:
+    """The tensors of `part` in MLX, in `dtype` if given; raises SyncError for values that are not finite in it.
+
+    On a CPU nothing waits for anything, so each goes by itself, in one copy.
+    """
+    if part[0][1].device.type != "cpu":
+        return _gathered(part, dtype)
+    cast = [(name, tensor.detach().to(dtype or tensor.dtype)) for name, tensor in part]
+    for name, tensor in cast:
+        if not _finite(tensor):
+            raise _not_finite(name, tensor.dtype)
+    return [(name, transfer.to_mlx(tensor)) for name, tensor in cast]
+
+
+def _gathered(part: list[tuple[str, torch.Tensor]], dtype: torch.dtype | None = None) -> list[tuple[str, mx.array]]:
+    """All at once, with one check: each of its own would make a GPU wait hundreds of times."""
     flat = torch.cat([tensor.detach().reshape(-1) for _, tensor in part])
-    if not bool(torch.isfinite(flat).all()):
-        name = next(name for name, tensor in part if not bool(torch.isfinite(tensor).all()))
-        raise SyncError(f"{name}: the trainer's weights are not finite")
-    array, start, out = to_mlx(flat), 0, []
+    flat = flat.to(dtype or flat.dtype)
+    if not _finite(flat):
+        name = next(name for name, tensor in part if not _finite(tensor.detach().to(flat.dtype)))
+        raise _not_finite(name, flat.dtype)
+    # `flat` is nobody else's: where torch and MLX can share memory, gathering was the only copy
+    array, start, out = transfer.way(flat.device).send(flat), 0, []
     for name, tensor in part:
         out.append((name, array[start : start + tensor.numel()].reshape(tensor.shape)))
         start += tensor.numel()
     return out
+
+
+def _finite(tensor: torch.Tensor) -> bool:
+    """In one pass and without a mask of the tensor's size: least and largest are NaN where any value is."""
+    return not tensor.numel() or bool(torch.isfinite(torch.stack(torch.aminmax(tensor))).all())
+
+
+def _not_finite(name: str, dtype: torch.dtype) -> SyncError:
+    told = str(dtype).removeprefix("torch.")
+    return SyncError(f"{name}: the trainer's weights are not finite in the sampler's {told}")
