@@ -59,8 +59,13 @@ def _paper(argv: Sequence[str], root: Path) -> int:
     if args.source is not None:
         from papers import collect
 
-        for name in collect.bring(found, root, args.source):
+        done = collect.bring(found, root, args.source, again=args.again)
+        for name in done.made:
             print(f"imported: {name}")
+        for name, why in done.refused.items():
+            print(f"not taken: {name}: {why}", file=sys.stderr)
+        if done.there:
+            print(f"{len(done.there)} runs have a valid result already; --again takes those in {args.source} instead")
         if found.evaluations:
             from papers import evaluate
 
@@ -89,7 +94,7 @@ def _make(found: "Study", root: Path, args: argparse.Namespace) -> dict[str, str
     from papers import collect, runner
 
     collect.here(found, root, args.quick)
-    wanted, known = _lacking(found, root, args.quick)
+    wanted, known = _lacking(found, root, args.quick, args.again)
     if not wanted:
         return {}
     try:
@@ -98,11 +103,13 @@ def _make(found: "Study", root: Path, args: argparse.Namespace) -> dict[str, str
         collect.here(found, root, args.quick)
 
 
-def _lacking(found: "Study", root: Path, quick: bool) -> "tuple[list[str], dict[str, Kept]]":
-    """Jobs without a result that is up to date, and the results that are."""
+def _lacking(found: "Study", root: Path, quick: bool, again: bool) -> "tuple[list[str], dict[str, Kept]]":
+    """Jobs without a result that is up to date, and the results that are; all jobs if `again`."""
     from papers import jobs, results
 
     plan = jobs.plan(found, quick)
+    if again:
+        return [job.name for job in plan], {}
     kept = results.load(found, root, plan, quick)
     old = results.outdated(plan, kept, found, root, quick)
     known = {name: one for name, one in kept.items() if name not in old}
@@ -141,7 +148,7 @@ def _run(argv: Sequence[str], root: Path) -> int:
     made.add_argument("--quick", action="store_true", help="at toy size")
     args = made.parse_args(list(argv))
     found = study.load(study.find(root, args.study), root)
-    wanted, known = _lacking(found, root, args.quick)
+    wanted, known = _lacking(found, root, args.quick, args.again)
     return _report(runner.make(found, root, _settings(args), wanted, known))
 
 
@@ -150,6 +157,7 @@ def _speed(made: argparse.ArgumentParser) -> None:
     made.add_argument("--threads", type=_count, default=2, metavar="N", help="cores of each run (default: 2)")
     made.add_argument("--budget", type=_count, metavar="SECONDS", help="stop then; finished runs are kept")
     made.add_argument("--device", choices=["auto", "mps", "cuda", "cpu"], help="of every run (default: the config's)")
+    made.add_argument("--again", action="store_true", help="also what has a valid result, which is replaced")
 
 
 def _settings(args: argparse.Namespace) -> "Settings":

@@ -28,6 +28,15 @@ class Candidate:
     record: Record
 
 
+@dataclass(frozen=True)
+class Brought:
+    """What became of runs that were looked at: jobs that got a result, that had one, and why others fit none."""
+
+    made: list[str]
+    there: list[str]
+    refused: dict[str, str]
+
+
 def here(study: Study, root: Path, quick: bool = False) -> list[str]:
     """Keep what lies finished in models/final, or published, with the inputs that jobs without a result ask for.
 
@@ -41,21 +50,22 @@ def here(study: Study, root: Path, quick: bool = False) -> list[str]:
     fit = [one for one in published if all(one.record.packages.get(name) == lock[name] for name in lock)]
     own = [Candidate(folder, record.read(folder)) for job in plan if job.name in valid
            and (folder := root / "models" / "final" / job.name)]  # fmt: skip
-    return keep(study, root, plan, [*own, *fit], quick)
+    return keep(study, root, plan, [*own, *fit], quick).made
 
 
-def bring(study: Study, root: Path, folder: Path, quick: bool = False) -> list[str]:
-    """Keep the runs in `folder` that the study asks for, also in place of results that are there; the jobs they are of.
+def bring(study: Study, root: Path, folder: Path, quick: bool = False, again: bool = False) -> Brought:
+    """Keep the runs in `folder` that the study asks for. A result that is valid stays, unless `again`.
 
     `machine.json` in a run's folder or in `folder` says where they were made. UserError where none fits.
     """
     found = candidates(folder)
     if not found:
         raise UserError(f"{folder}: holds no finished run (a folder with run.json, metrics.jsonl, samples.jsonl)")
-    made = keep(study, root, plans.plan(study, quick), found, quick, again=True)
-    if not made:
-        raise UserError(f"{folder}: none of its {len(found)} runs has a config that papers/{study.slug} asks for")
-    return made
+    done = keep(study, root, plans.plan(study, quick), found, quick, again)
+    if not done.made and not done.there:
+        why = f": {next(iter(done.refused.values()))}" if done.refused else ""
+        raise UserError(f"{folder}: none of its {len(found)} runs is one that papers/{study.slug} asks for{why}")
+    return done
 
 
 def candidates(folder: Path) -> list[Candidate]:
@@ -71,28 +81,35 @@ def keep(
     found: Sequence[Candidate],
     quick: bool = False,
     again: bool = False,
-) -> list[str]:
+) -> Brought:
     """Write a result of each job without one, or with an outdated one (`again`: each), from the first run that fits."""
     kept = results.load(study, root, plan, quick)
     old = results.outdated(plan, kept, study, root, quick)
-    where, by_name, made = plans.folder(study, root, quick), {job.name: job for job in plan}, []
+    where, by_name, done = plans.folder(study, root, quick), {job.name: job for job in plan}, Brought([], [], {})
+    names = {one.record.name for one in found}
     for job in plan:
         if job.name in kept and job.name not in old and not again:
+            done.there.extend([job.name] if job.name in names else [])
             continue
         steps = _steps(job, kept, quick)
         if job.timed is not None and steps is None:
+            if job.name in names:
+                done.refused[job.name] = f"no result of {' or '.join(job.timed)}, whose time it follows"
             continue
-        wanted = plans.resolved(job, where, root, by_name, steps)
-        fits = (one for one in _by_name_first(found, job) if _same(job, wanted, one.record, kept))
-        chosen = next(fits, None)
+        wanted, shas = plans.resolved(job, where, root, by_name, steps), results.weights(plan, kept)
+        records = {name: one.record for name, one in kept.items()}
+        why = {one.folder: _unlike(job, wanted, one.record, records, shas) for one in found}
+        chosen = next((one for one in _by_name_first(found, job) if not why[one.folder]), None)
         if chosen is None:
+            own = [why[one.folder] for one in found if one.record.name == job.name]
+            done.refused.update({job.name: "; ".join(reasons[:3]) for reasons in own})
             continue
         about = _machine(chosen, root, job)
         lock = about.pop("lock", None) or plans.locked(root)
-        kept[job.name] = results.distil(chosen.folder, study.metrics, about, lock)
+        kept[job.name] = results.distil(chosen.folder, study.metrics, about, lock, about.pop("weights", None))
         results.save(kept[job.name], results.folder(study, root, quick) / "results" / f"{job.stem}.json")
-        made.append(job.name)
-    return made
+        done.made.append(job.name)
+    return done
 
 
 def _by_name_first(found: Iterable[Candidate], job: Job) -> list[Candidate]:
@@ -106,13 +123,12 @@ def _steps(job: Job, kept: Mapping[str, Kept], quick: bool) -> int | None:
     return plans.steps(speed, time, plans.QUICK_ROUND if quick else plans.ROUND)
 
 
-def _same(job: Job, wanted: Mapping[str, Any], own: Record, kept: Mapping[str, Kept]) -> bool:
-    if own.seed != job.seed or plans.changed(wanted, own.config, list(job.parents)):
-        return False
-    inputs = {parent["role"]: parent["inputs_sha256"] for parent in own.parents}
-    return all(
-        name in kept and inputs.get(role) == kept[name].record.inputs_sha256 for role, name in job.parents.items()
-    )
+def _unlike(
+    job: Job, wanted: Mapping[str, Any], own: Record, made: Mapping[str, Record], shas: Mapping[str, str]
+) -> list[str]:
+    """In what a run is not the one the job asks for."""
+    seed = [] if own.seed == job.seed else [f"seed {own.seed} → {job.seed}"]
+    return [*seed, *plans.changed(wanted, own.config, list(job.parents)), *results.parents(job, own, made, shas)]
 
 
 def _machine(one: Candidate, root: Path, job: Job) -> dict[str, Any]:

@@ -6,6 +6,7 @@ machine, and the locked versions at that time. Weights, texts and the other logg
 
 import json
 import re
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -20,6 +21,7 @@ from rl.record import COMPUTING, Record
 
 ALWAYS = ("step", "wall_s")  # kept of every logged row
 DIGITS = 6  # of other logged values
+FROM = "model.from"  # the parent whose weights a run goes on from: it records their hash
 
 
 @dataclass(frozen=True, eq=False)  # one is itself alone, so what is computed of it can be remembered
@@ -34,6 +36,7 @@ class Kept:
     before: list[int]
     after: list[int]
     scores: dict[str, dict[str, float]] = field(default_factory=dict)  # lm-eval's, by task: question -> mark
+    weights: str | None = None  # sha256 of what was trained, where the runner noted it
 
     @property
     def logged(self) -> list[tuple[int, float]]:
@@ -46,7 +49,9 @@ def folder(study: Study, root: Path, quick: bool = False) -> Path:
     return plans.folder(study, root, True) if quick else study.folder
 
 
-def distil(run: Path, metrics: Sequence[str], machine: dict[str, Any], lock: Mapping[str, str]) -> Kept:
+def distil(
+    run: Path, metrics: Sequence[str], machine: dict[str, Any], lock: Mapping[str, str], weights: str | None = None
+) -> Kept:
     """What is kept of the finished run in the folder `run`.
 
     Raises UserError for one that is unfinished or not whole, or whose scores are not those of its samples.
@@ -70,7 +75,8 @@ def distil(run: Path, metrics: Sequence[str], machine: dict[str, Any], lock: Map
             columns[name] = [_short(row.get(name)) for row in rows]
     # what stands before build/ is only where the checkout was; it decides nothing
     command = found.command and re.sub(r"(?<!\S)/\S*/(?=(?:build|configs)/)", "", found.command)
-    return Kept(replace(found, command=command), machine, dict(lock), columns, ids, before, after)
+    found = replace(found, command=command)
+    return Kept(found, machine, dict(lock), columns, ids, before, after, weights=weights)
 
 
 def save(kept: Kept, path: Path) -> None:
@@ -79,6 +85,7 @@ def save(kept: Kept, path: Path) -> None:
         "record": record.finite(vars(kept.record)),
         "machine": kept.machine,
         "lock": kept.lock,
+        "weights": kept.weights,
         "questions": {
             "ids": " ".join(kept.ids) if not any(" " in one for one in kept.ids) else kept.ids,
             "before": "".join(map(str, kept.before)),
@@ -106,6 +113,7 @@ def read(path: Path) -> Kept:
             [int(mark) for mark in asked["before"]],
             [int(mark) for mark in asked["after"]],
             raw.get("scores", {}),
+            raw.get("weights"),
         )
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path}: no result of a study ({error!r}); remove it and make or import it again") from None
@@ -123,6 +131,7 @@ def outdated(
     """Why results are no longer those that the study asks for, by job: its config, its parents or the lock changed."""
     by_name = {job.name: job for job in jobs}
     lock, where, found = plans.locked(root), plans.folder(study, root, quick), {}
+    records, shas = {name: one.record for name, one in kept.items()}, weights(jobs, kept)
     for job in jobs:
         if job.name not in kept:
             continue
@@ -141,23 +150,48 @@ def outdated(
             for name in sorted(own.lock.keys() | lock.keys())
             if own.lock.get(name) != lock.get(name)
         ]
-        why += _parents(job, own.record, {name: one.record for name, one in kept.items()})
+        why += parents(job, own.record, records, shas)
         why += [f"{name} it builds on is outdated" for name in job.needs if name in found]
         if why:
             found[job.name] = "; ".join(why[:3])
     return found
 
 
-def _parents(job: Job, own: Record, made: Mapping[str, Record]) -> list[str]:
-    """What of a run's parents is not as it was when the run was made."""
+def parents(job: Job, own: Record, made: Mapping[str, Record], shas: Mapping[str, str]) -> list[str]:
+    """What of a run's parents is not as it was when the run was made.
+
+    Where it goes on from weights whose hash is known (`shas`, as `weights` gives it) that hash decides: they may be
+    made again, on another machine too, as long as the same come out. Of other parents the inputs decide.
+    """
     inputs = {parent["role"]: parent["inputs_sha256"] for parent in own.parents}
     why = []
     for role, name in job.parents.items():
         if name not in made:
             why.append(f"{name}, which it builds on, is not there")
+        elif role == FROM and name in shas and _whole(own):
+            if own.base.get("sha256") != shas[name]:
+                why.append(f"it went on from other weights than those of {name}")
         elif inputs.get(role) != made[name].inputs_sha256:
             why.append(f"{name}, which it builds on, was made again")
     return why
+
+
+def weights(jobs: Sequence[Job], kept: Mapping[str, Kept]) -> dict[str, str]:
+    """The sha256 of each run's weights, by job: as noted, else as most runs that went on from it recorded."""
+    told: defaultdict[str, Counter[str]] = defaultdict(Counter)
+    for job in jobs:
+        name = job.parents.get(FROM)
+        if name is None or name not in kept or job.name not in kept or not _whole(own := kept[job.name].record):
+            continue
+        if (FROM, kept[name].record.inputs_sha256) in {(one["role"], one["inputs_sha256"]) for one in own.parents}:
+            told[name][own.base.get("sha256")] += 1
+    noted = {name: one.weights for name, one in kept.items() if one.weights}
+    return {name: counts.most_common(1)[0][0] for name, counts in told.items()} | noted
+
+
+def _whole(record: Record) -> bool:
+    """Whether the base's hash is of the parent's own weights, not of a quantized form of them."""
+    return not record.config.get("model", {}).get("quantization")
 
 
 def here(
@@ -176,7 +210,7 @@ def here(
             continue
         own = record.read(path)
         same = {name: own.packages.get(name) for name in COMPUTING} == versions
-        if own.status != "finished" or not same or _parents(job, own, found):
+        if own.status != "finished" or not same or parents(job, own, found, {}):
             continue
         steps = max_steps(job, root, quick, known)
         wanted = plans.resolved(job, plans.folder(study, root, quick), root, by_name, steps)

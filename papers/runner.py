@@ -23,6 +23,7 @@ from papers.results import Kept
 from papers.study import Study
 from rl import checkpoints, files, record
 from rl.errors import RunFailed, UserError
+from rl.hf_folder import weight_files, weights_sha256
 
 SAVING_S = 30.0  # given to children to write a checkpoint before they are killed
 COPIED = ("run.json", "metrics.jsonl", "samples.jsonl", "curves.png")
@@ -54,9 +55,10 @@ class _Child:
 
 @dataclass
 class _State:
-    """Jobs by what has become of them; `known` tells the time of runs that are not made here."""
+    """Jobs by what has become of them; `known` tells time and weights of runs that have a result."""
 
     known: Mapping[str, Kept] = field(default_factory=dict)
+    weights: Mapping[str, str] = field(default_factory=dict)  # sha256 of known results' weights
     done: set[str] = field(default_factory=set)
     failed: dict[str, str] = field(default_factory=dict)
     running: dict[str, _Child] = field(default_factory=dict)
@@ -86,13 +88,13 @@ def make(
         by_name = {job.name: job for job in jobs}
     about = {**machine.describe(), "slots": len(groups), "cores_a_run": len(groups[0]), "lock": plans.locked(root)}
     ready = results.here(jobs, study, root, settings.quick, known)
-    state = _State(done=set(ready), known=known)
+    state = _State(known=known, weights=results.weights(list(by_name.values()), known))
     began = time.monotonic()
     _say(f"{study.slug}: {len(jobs)} runs, {len(ready)} finished already; {len(groups)} at a time on "
          f"{len(groups[0])} cores each; {machine.in_words(about)}")  # fmt: skip
     for job in jobs:
         if job.name in ready:
-            _copy(root, job, settings, about)
+            _finished(root, job, state, settings, about)
     cut = False
     try:
         with _terminated_as_interrupted():
@@ -237,8 +239,7 @@ def _note(
     """Say how a child ended, and keep what it made."""
     name, code, took = child.job.name, child.process.returncode, time.monotonic() - child.began
     if code == 0:
-        state.done.add(name)
-        _copy(root, child.job, settings, about)
+        _finished(root, child.job, state, settings, about)
         how = f"finished in {took:.0f} s"
     elif code == 130:
         how = f"stopped after {took:.0f} s, its checkpoint kept"
@@ -248,6 +249,30 @@ def _note(
         how = f"FAILED after {took:.0f} s, {state.failed[name]} ({child.log})"
     waiting = total - len(state.done) - len(state.failed) - len(state.running)
     _say(f"[{time.monotonic() - began:4.0f} s] {name} {how}; {len(state.running)} running, {waiting} waiting")
+
+
+def _finished(root: Path, job: Job, state: _State, settings: Settings, about: dict[str, Any]) -> None:
+    """Keep what a run made, and let others build on it.
+
+    A run made anew only for its weights must give those that the results at hand went on from: of another machine or
+    other code it may not, and what is made from it could not stand beside them.
+    """
+    made, known = _weights(root / "models" / "final" / job.name), state.weights.get(job.name)
+    if made and known and made != known:
+        state.failed[job.name] = (
+            f"its weights as made here ({made[:12]}) are not those that the study's results went on from "
+            f"({known[:12]}); make all runs here: --again"
+        )
+        return
+    state.done.add(job.name)
+    _copy(root, job, settings, {**about, "weights": made})
+
+
+def _weights(final: Path) -> str | None:
+    """The sha256 of a whole model's weights, as runs that go on from it record it; None for an adapter."""
+    if (final / "adapter_config.json").is_file() or not list(final.glob("*.safetensors")):
+        return None
+    return weights_sha256(weight_files(final, str(final)))
 
 
 def _copy(root: Path, job: Job, settings: Settings, about: dict[str, Any]) -> None:

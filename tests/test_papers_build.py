@@ -99,13 +99,60 @@ def test_runs_of_another_machine_are_known_by_their_inputs(root: Path) -> None:
     kept["some.grpo-seed2"].record.config["trainer"]["max_steps"] = 3
     papers_helper.write_run(away, kept["some.grpo-seed2"], "some.grpo-seed2")
     files.write_json(away / "machine.json", {**papers_helper.MACHINE, "cpu": "Far", "gpu": "Big GPU"})
-    assert collect.bring(one, root, away) == ["some.start-seed0", "some.grpo-seed1"]
+    done = collect.bring(one, root, away)
+    assert done.made == ["some.start-seed0", "some.grpo-seed1"]
+    assert done.refused == {"some.grpo-seed2": "trainer.max_steps: 3 → 150"}
     found = results.load(one, root, jobs.plan(one))
     assert found["some.grpo-seed1"].after == kept["some.grpo-seed1"].after
     assert found["some.grpo-seed1"].machine["gpu"] == "Big GPU"
     assert not results.outdated(jobs.plan(one), found, one, root)
     with pytest.raises(UserError, match="holds no finished run"):
         collect.bring(one, root, root / "configs")
+
+
+def test_a_study_grows_by_portions_and_its_report_with_it(root: Path) -> None:
+    """Each portion from a machine that had to make the start again, under code with one setting more.
+
+    Traps: the start's new hash marks all earlier results as stale; or a start that came out otherwise goes unseen.
+    """
+    one, plan = load(root), jobs.plan(load(root))
+    kept = results.load(one, root, plan)
+    for seed in (2, 3, 4):
+        (root / "papers" / "some" / "results" / f"grpo-seed{seed}.json").unlink()
+    build.build(one, root)
+    assert [row[4] for row in facts(root)["runs"] if row[0] == "grpo"] == ["2 of 5"]
+    start = kept["some.start-seed0"]
+    start.record.inputs_sha256 = "1" * 64
+    for seed in (2, 3):
+        own = kept[f"some.grpo-seed{seed}"]
+        own.record.parents = [{**own.record.parents[0], "inputs_sha256": "1" * 64}]
+        away = root / f"portion-{seed}"
+        papers_helper.write_run(away, start, "some.start-seed0")
+        papers_helper.write_run(away, own, f"some.grpo-seed{seed}")
+        done = collect.bring(one, root, away)
+        assert (done.made, done.there) == ([f"some.grpo-seed{seed}"], ["some.start-seed0"])
+        build.build(one, root)
+        assert [row[4] for row in facts(root)["runs"] if row[0] == "grpo"] == [f"{seed + 1} of 5"]
+        assert facts(root)["outdated"] == []
+        assert f"{seed + 1} |" in (root / "papers" / "some" / "tables" / "scores.md").read_text().splitlines()[-2]
+    last, away = kept["some.grpo-seed4"], root / "portion-4"
+    last.record.base = {"id": "some.start-seed0", "sha256": "other"}
+    papers_helper.write_run(away, last, "some.grpo-seed4")
+    with pytest.raises(UserError, match="it went on from other weights than those of some.start-seed0"):
+        collect.bring(one, root, away)
+
+
+def test_a_valid_result_is_replaced_only_when_asked(root: Path) -> None:
+    """Trap: another run of the same inputs has another time, and all that lasted as long as it would be outdated."""
+    one = load(root)
+    own = results.load(one, root, jobs.plan(one))["some.grpo-seed0"]
+    own.record.wall_s = 1234.0
+    papers_helper.write_run(root / "away", own, "some.grpo-seed0")
+    file = root / "papers" / "some" / "results" / "grpo-seed0.json"
+    assert collect.bring(one, root, root / "away").there == ["some.grpo-seed0"]
+    assert results.read(file).record.wall_s != 1234.0
+    assert collect.bring(one, root, root / "away", again=True).made == ["some.grpo-seed0"]
+    assert results.read(file).record.wall_s == 1234.0
 
 
 def test_a_run_whose_score_is_not_that_of_its_samples_is_refused(root: Path) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -118,6 +119,26 @@ def test_a_result_tells_its_time_without_being_made_again(root: Path) -> None:
     assert runner.make(one, root, runner.Settings(jobs=2, threads=1), ["some.timed-seed0"], known) == {}
     assert sorted(path.stem for path in (root / "said").iterdir()) == ["some.start-seed0", "some.timed-seed0"]
     assert said(root, "some.timed-seed0")["config"]["trainer"]["max_steps"] == 30
+
+
+def test_a_start_that_comes_out_otherwise_stops_what_builds_on_it(root: Path) -> None:
+    """Trap: seeds of one run from two different starts, in one mean."""
+    one = load(root)
+    plan = jobs.plan(one)
+    known = {job.name: kept for job, kept in papers_helper.made(root, one, plan, lambda run, seed: 0.5)}
+    del known["some.grpo-seed1"]
+    weights = root / "models" / "final" / "some.start-seed0" / "model.safetensors"
+    files.write_text(weights, "as they were")
+    known["some.grpo-seed0"].record.base = {"sha256": files.sha256_file(weights)}
+    out, wanted = root / "out", ["some.grpo-seed1"]
+    assert runner.make(one, root, runner.Settings(threads=1, out=out), wanted, known) == {}
+    about = json.loads((out / "some.start-seed0" / "machine.json").read_text())
+    assert about["weights"] == files.sha256_file(weights)
+    shutil.rmtree(root / "models")
+    files.write_text(weights, "other")
+    failed = runner.make(one, root, runner.Settings(threads=1), wanted, known)
+    assert "not those that the study's results went on from" in failed["some.start-seed0"]
+    assert failed["some.grpo-seed1"] == "some.start-seed0, which it needs, failed"
 
 
 def test_cores_are_dealt_out_once() -> None:
