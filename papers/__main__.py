@@ -40,7 +40,7 @@ def main(argv: Sequence[str] | None = None, root: Path = ROOT) -> int:
 
 def _paper(argv: Sequence[str], root: Path) -> int:
     """Make what is missing, judge the claims, set the report, renew the index."""
-    from papers import study
+    from papers import claims, study
 
     made = argparse.ArgumentParser(
         prog="python -m papers",
@@ -55,6 +55,7 @@ def _paper(argv: Sequence[str], root: Path) -> int:
     _speed(made)
     args = made.parse_args(list(argv))
     found = study.load(study.find(root, args.study), root)
+    claims.check(found)
     failed: dict[str, str] = {}
     if args.source is not None:
         from papers import collect
@@ -76,7 +77,7 @@ def _paper(argv: Sequence[str], root: Path) -> int:
             from papers import evaluate
 
             failed |= evaluate.measure(found, root, args.quick)
-    from papers import build, claims, index, results, tables
+    from papers import build, index, results, tables
 
     verdicts = build.build(found, root, args.quick)
     for one in verdicts:

@@ -14,7 +14,7 @@ not hold where it lies outside. Needed numbers are for a power of 80 %, if the t
 
 import ast
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from statistics import NormalDist, fmean
 
@@ -27,12 +27,13 @@ from papers.expression import (
     by_seed,
     names,
     over_seeds,
+    parse,
     parse_test,
     questions,
     value,
 )
 from papers.results import Kept
-from papers.study import Claim
+from papers.study import Claim, Study
 from rl.errors import UserError
 
 POWER = 0.8
@@ -63,6 +64,25 @@ class Verdict:
     need: str = ""
     why: str = ""
     outdated: tuple[str, ...] = field(default=())
+
+
+def check(study: Study) -> None:
+    """UserError for a claim, table or figure that is not in the language: said before anything is trained."""
+    runs = [spec.name for spec in study.runs]
+    for claim in study.claims:
+        _named(study, f"claim '{claim.name}'", parse_test, claim.test, runs)
+    texts = {f"table '{one.name}'": list(one.columns.values()) for one in study.tables}
+    texts |= {f"figure '{one.name}'": list(one.y) for one in study.figures if one.x is None}
+    for what, expressions in texts.items():
+        for text in expressions:
+            _named(study, what, parse, text, [*runs, "x"])
+
+
+def _named(study: Study, what: str, read: Callable[[str, Sequence[str]], object], text: str, runs: list[str]) -> None:
+    try:
+        read(text, runs)
+    except UserError as error:
+        raise UserError(f"papers/{study.slug}/{study.path.name}: {what}: {error}") from None
 
 
 def judge(

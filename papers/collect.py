@@ -102,7 +102,7 @@ def keep(
         chosen = next((one for one in _by_name_first(found, job) if not why[one.folder]), None)
         if chosen is None:
             own = [why[one.folder] for one in found if one.record.name == job.name]
-            done.refused.update({job.name: "; ".join(reasons[:3]) for reasons in own})
+            done.refused.update({job.name: "; ".join(own[0][:3])} if own else {})
             continue
         about = _machine(chosen, root, job)
         lock = about.pop("lock", None) or plans.locked(root)

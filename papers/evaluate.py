@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,22 +24,29 @@ def wanted(study: Study, root: Path, quick: bool = False) -> list[tuple[str, str
 def measure(study: Study, root: Path, quick: bool = False) -> dict[str, str]:
     """Measure what is lacking on runs of models/final, and keep it; what failed, with the reason, by job."""
     failed: dict[str, str] = {}
+    by_task: dict[str, list[str]] = {}
     for name, task in wanted(study, root, quick):
-        if not (root / "models" / "final" / name / "run.json").is_file():
+        if (root / "models" / "final" / name / "run.json").is_file():
+            by_task.setdefault(task, []).append(name)
+        else:
             failed[name] = f"{task}: the run's weights are not here; measure it where they are, and import it again"
-            continue
-        print(f"{name}: {task}", flush=True)
-        done = subprocess.run([sys.executable, "-m", "evals", name, "--tasks", task], cwd=root)
+    for (
+        task,
+        names,
+    ) in by_task.items():  # one process a task: starting lm-eval takes longer than a small run's questions
+        print(f"{task}: {len(names)} runs", flush=True)
+        done = subprocess.run([sys.executable, "-m", "evals", *names, "--tasks", task], cwd=root)
         if done.returncode == 130:
             raise KeyboardInterrupt
-        if done.returncode:
-            failed[name] = f"{task}: `python -m evals {name} --tasks {task}` ended with {done.returncode}"
-    take(study, root, root / "evals" / "results", quick)
+        if done.returncode:  # what lies there may be of an earlier run of that name
+            failed |= {name: f"{task}: `python -m evals {name} --tasks {task}` ended with {done.returncode}"
+                       for name in names}  # fmt: skip
+    take(study, root, root / "evals" / "results", quick, failed)
     return failed
 
 
-def take(study: Study, root: Path, folder: Path, quick: bool = False) -> None:
-    """Keep the results that lie in `folder`/<run>/<task>.json, or `folder`/<run>/results/<task>.json."""
+def take(study: Study, root: Path, folder: Path, quick: bool = False, without: Collection[str] = ()) -> None:
+    """Keep the results in `folder`/<run>/<task>.json, or `folder`/<run>/results/<task>.json, of all jobs but some."""
     plan = plans.plan(study, quick)
     kept = results.load(study, root, plan, quick)
     lacking = wanted(study, root, quick)
@@ -47,7 +55,7 @@ def take(study: Study, root: Path, folder: Path, quick: bool = False) -> None:
         for task in [task for name, task in lacking if name == job.name]:
             places = [folder / job.name / f"{task}.json", folder / job.name / "results" / f"{task}.json"]
             path = next((path for path in places if path.is_file()), None)
-            if path is not None:
+            if path is not None and job.name not in without:
                 own[task] = _marks(job.name, path)
         if job.name in kept and own != kept[job.name].scores:
             where = results.folder(study, root, quick) / "results" / f"{job.stem}.json"

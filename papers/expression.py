@@ -10,7 +10,8 @@ elsewhere can do nothing but compute. Every function of a run is its mean over t
 - `field(run, "rollout.ess")`: a number of run.json; `tokens_per_s`, `dlogp`, `ess`, `sync_s`, `sync_bytes`, `wall_s`,
   `steps`, `completion_tokens`, `memory` are such fields; `step_s(run)`: seconds a step, first logged step to last;
 - `mean(run, "kl")`, `early`, `late`, `peak`: a logged value over all steps, their first and last tenth, and the highest
-  mean of a tenth of them in a row;
+  mean of a tenth of them in a row, which noise alone lifts: it is no test that there was a peak;
+- `part(run, "kl", 0.2, 0.4)`: the same from one share of the steps to another, chosen beforehand;
 - `iqm(x)`: interquartile mean over seeds of x, an expression of one run; `improvement(x, y)`: the chance that a seed's
   x is above a seed's y, ties counting half;
 - `abs`, `sqrt`, and + - * /.
@@ -43,7 +44,7 @@ FIELDS = {
     "memory": "peak_memory_bytes",
 }
 MARKED = ("accuracy", "start", "score")  # of questions
-LOGGED = ("mean", "early", "late", "peak")
+LOGGED = ("mean", "early", "late", "peak", "part")
 OVER_SEEDS = {"iqm": 1, "improvement": 2}
 PLAIN: dict[str, Callable[[float], float]] = {"abs": abs, "sqrt": math.sqrt}
 ARITHMETIC: dict[type, Callable[[float, float], float]] = {
@@ -152,7 +153,7 @@ def _check(node: ast.AST, runs: Sequence[str], text: str) -> None:
     if name not in functions or node.keywords:
         raise wrong(f"no function {name or ast.unparse(node.func)!r}, {nearest(name, functions)}")
     nested = 1 if name in PLAIN else OVER_SEEDS.get(name, 0)
-    wanted = nested or (2 if name in ("field", "score", *LOGGED) else 1)
+    wanted = nested or (4 if name == "part" else 2 if name in ("field", "score", *LOGGED) else 1)
     if len(node.args) != wanted:
         raise wrong(f"{name} takes {wanted} argument{'s' if wanted > 1 else ''}, found {len(node.args)}")
     if nested:
@@ -162,6 +163,11 @@ def _check(node: ast.AST, runs: Sequence[str], text: str) -> None:
                 raise wrong(f"{name} takes expressions of one run each, found {ast.unparse(part)!r}")
         return None
     strings = [part.value if isinstance(part, ast.Constant) else None for part in node.args]
+    if name == "part":
+        low, high = (value if type(value) in (int, float) else -1 for value in strings[2:])
+        if not 0 <= low < high <= 1:
+            raise wrong(f"part takes two shares of the steps, 0 ≤ first < last ≤ 1, found {ast.unparse(node)!r}")
+        strings = strings[:2]
     if not all(isinstance(value, str) for value in strings):
         raise wrong(f"{name} takes a run{' and a name in quotes' if wanted == 2 else ''}, found {ast.unparse(node)!r}")
     if strings[0] not in runs:
@@ -266,7 +272,7 @@ def _of_run(name: str, kept: Kept, rest: tuple[str, ...]) -> float:
     if name == "step_s":
         return timing(kept.record, kept.logged).step_s
     if name in LOGGED:
-        return _logged(name, kept, rest[0])
+        return _logged(name, kept, *rest)
     found: Any = vars(kept.record)
     for part in FIELDS.get(name, rest[0] if rest else "").split("."):
         found = found.get(part) if isinstance(found, dict) else None
@@ -275,10 +281,13 @@ def _of_run(name: str, kept: Kept, rest: tuple[str, ...]) -> float:
     return float(found)
 
 
-def _logged(name: str, kept: Kept, key: str) -> float:
+def _logged(name: str, kept: Kept, key: str, low: str = "0", high: str = "1") -> float:
     values = [one for one in kept.metrics.get(key, ()) if one is not None]
     if not values:
         raise Missing(f"{kept.record.name}: logged no {key!r}")
+    if name == "part":
+        first = min(int(float(low) * len(values)), len(values) - 1)
+        return fmean(values[first : max(first + 1, int(float(high) * len(values)))])
     tenth = max(1, len(values) // 10)
     if name == "peak":
         return max(fmean(values[at : at + tenth]) for at in range(len(values) - tenth + 1))

@@ -23,8 +23,9 @@ what is made of them: `results/` (a file a run), `tables/`, `figures/`, `report.
 nox -s paper -- papers/SLUG               # makes the runs that are missing, judges the claims, sets the PDF
 nox -s paper -- papers/SLUG --check       # judges the committed results again and sets the PDF: seconds, no network
 nox -s paper -- papers/SLUG --quick       # all of it at toy size, below build/
-nox -s paper -- papers/SLUG --import DIR  # takes the run folders of another machine
+nox -s paper -- papers/SLUG --import DIR  # takes the run folders of another machine, also a part of them
 nox -s paper -- run papers/SLUG --jobs 7 --threads 2 --budget 540 --out DIR   # only the runs, several at a time
+                                          # --again, with any: also those that have a valid result
 nox -s paper -- new SLUG                  # starts a study from the template
 ```
 

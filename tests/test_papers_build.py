@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -138,7 +139,7 @@ def test_a_study_grows_by_portions_and_its_report_with_it(root: Path) -> None:
     last, away = kept["some.grpo-seed4"], root / "portion-4"
     last.record.base = {"id": "some.start-seed0", "sha256": "other"}
     papers_helper.write_run(away, last, "some.grpo-seed4")
-    with pytest.raises(UserError, match="it went on from other weights than those of some.start-seed0"):
+    with pytest.raises(UserError, match="it went on from other weights than those of some"):
         collect.bring(one, root, away)
 
 
@@ -216,6 +217,35 @@ def test_evaluations_are_asked_for_until_they_are_kept(root: Path, monkeypatch: 
     kept = results.load(one, root, jobs.plan(one))["some.start-seed0"]
     found = claims.measure(expression.parse("score(start, 'gcd')", ["start"]), {"start": [kept]}, ["start"])
     assert (found.estimate.value, found.estimate.stderr) == (0.75, pytest.approx(0.25))
+
+
+def test_a_measurement_that_failed_leaves_nothing_to_take(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Trap: the run was made again, measuring it failed, and the measurement of its weights before still lies there."""
+    path = root / "papers" / "some" / "paper.toml"
+    path.write_text(path.read_text() + '[[evaluation]]\ntask = "gcd"\nruns = ["start", "grpo"]\n')
+    one, asked = load(root), []
+    for name in ("start-seed0", "grpo-seed1"):
+        files.write_text(root / "models" / "final" / f"some.{name}" / "run.json", "{}")
+        files.write_text(root / "evals" / "results" / f"some.{name}" / "gcd.json", "{}")
+    monkeypatch.setattr(evaluate, "_marks", lambda name, path: {"q0": 1.0})
+    for code in (1, 0):
+        run = lambda command, cwd, code=code: asked.append(command[3:]) or SimpleNamespace(returncode=code)  # noqa: E731
+        monkeypatch.setattr(evaluate.subprocess, "run", run)
+        failed = evaluate.measure(one, root)
+        assert ("ended with 1" in failed.get("some.grpo-seed1", "")) == bool(code)
+        kept = results.load(one, root, jobs.plan(one))
+        assert bool(kept["some.grpo-seed1"].scores) == (not code)
+    assert asked == [["some.start-seed0", "some.grpo-seed1", "--tasks", "gcd"]] * 2
+
+
+def test_a_wrong_test_is_said_before_anything_is_trained(
+    root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = root / "papers" / "some" / "paper.toml"
+    path.write_text(path.read_text().replace("wall_s(x)", "wal_s(x)"))
+    monkeypatch.setattr(runner, "make", lambda *given: pytest.fail("trained"))
+    assert cli.main(["papers/some"], root) == 2
+    assert "papers/some/paper.toml: table 'scores': test 'wal_s(x)': no function 'wal_s'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -49,6 +49,8 @@ def judged(test: str, **found: list[Kept]) -> claims.Verdict:
         ("accuracy('x') > 0", "no run 'x'"),
         ("accuracy(a, b) > 0", "accuracy takes 1 argument, found 2"),
         ("mean(a) > 0", "mean takes 2 arguments, found 1"),
+        ("part(a, 'kl', 0.5, 0.2) > 0", "part takes two shares of the steps"),
+        ("part(a, 'kl') > 0", "part takes 4 arguments, found 2"),
         ("iqm(accuracy(a) - accuracy(b)) > 0", "iqm takes expressions of one run each"),
         ("1 > 0", "names no run"),
         ("accuracy(a) > 0 at 20 %", "valid: a confidence from 50 %"),
@@ -83,6 +85,9 @@ def test_functions_of_a_run_give_what_its_files_say() -> None:
     assert value("mean(a, 'kl')") == 19.5
     assert (value("early(a, 'kl')"), value("late(a, 'kl')")) == (1.5, 37.5)
     assert value("peak(a, 'kl')") == 37.5
+    assert value("part(a, 'kl', 0.2, 0.4)") == 11.5  # steps 8 to 15
+    assert value("part(a, 'kl', 0, 0.1)") == value("early(a, 'kl')")
+    assert value("part(a, 'kl', 0.99, 1)") == 39.0  # never none
     assert value("abs(-sqrt(4 * accuracy(a) - 2)) / 2") == 0.5
     with pytest.raises(expression.Missing):
         value("mean(a, 'nothing')")
