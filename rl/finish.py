@@ -61,7 +61,7 @@ def finish(opened: run.OpenRun, results: Results, save: Callable[[Path], None], 
 def rollout_record(config: Config, folder: Path, sampler: Mapping[str, Any]) -> dict[str, Any]:
     """`run.json`'s `rollout`: means over the logged steps; null where the run did not sample.
 
-    `sampler` says how the MLX sampler held its weights and how they came there, {"dtype", "packed", "sync_way"}.
+    `sampler` says how the MLX sampler held its weights and how they came there, as `held` tells.
     """
     rows = record.read_metrics(folder / "metrics.jsonl")
 
@@ -74,6 +74,7 @@ def rollout_record(config: Config, folder: Path, sampler: Mapping[str, Any]) -> 
         "precision": config.rollout.precision,
         "dtype": sampler.get("dtype"),
         "packed": sampler.get("packed"),
+        "base_shared_bytes": sampler.get("base_shared_bytes"),
         "tokens_per_s": mean("rollout/tokens_per_s"),
         "sync_s": mean("time/sync"),
         "sync_bytes": mean("sync/bytes"),
@@ -92,6 +93,7 @@ def held(sampler: Any) -> dict[str, Any]:
     return {
         "dtype": getattr(sampler, "dtype", None),
         "packed": getattr(sampler, "packed", None),
+        "base_shared_bytes": getattr(sampler, "base_shared_bytes", None),
         "sync_way": getattr(syncs, "way", None),
     }
 

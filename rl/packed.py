@@ -5,6 +5,9 @@ that layer computes, once in forward and once more in backward, and adapters tra
 arXiv 2305.14314, section 3, with MLX's affine format instead of NF4). Values are those of `mx.dequantize`:
 w = scale * code + bias, one scale and one bias for each group of codes in a row.
 
+Where torch and MLX have one memory these are the very codes that the sampler reads (`rl.rollouts.once`); memory of CUDA
+MLX does not share, and there the two sides have a copy each.
+
 A head tied to the embedding shares its codes. TRL's fused head slices `lm_head.weight` in tiles of the vocabulary, and
 only the tile that it is at is dequantized (`Lazy`).
 """

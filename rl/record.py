@@ -41,8 +41,8 @@ class Record:
     """`run.json`, key for key. Times are UTC in ISO 8601, `wall_s` seconds, memory bytes; absent values are null.
 
     `base` {id, sha256}; `data` {source, fingerprint, rows}; `parents` a list of {role, name, inputs_sha256};
-    `tokens` {prompt, completion}; `rollout` {engine, precision, tokens_per_s, sync_s, sync_bytes, sync_way,
-    mean_abs_dlogp, ess};
+    `tokens` {prompt, completion}; `rollout` {engine, precision, base_shared_bytes, tokens_per_s, sync_s,
+    sync_bytes, sync_way, mean_abs_dlogp, ess};
     `result` as `rl.report.result` builds it.
     """
 

@@ -203,7 +203,7 @@ def _whole(root: Path, folder: Path, where: str, dtype: Any, device: "torch.devi
 
 
 def load_sampler(config: "Config", start: Start, policy: Any, tokenizer: Any, stop_ids: list[int]) -> Any:
-    """The rollout engine that [rollout] names, synced with `policy` and checked against it.
+    """The rollout engine that [rollout] names, synced with `policy`, whose frozen base it holds with it if it can.
 
     Raises RunFailed naming the layer when the MLX copy is not the policy.
     """
@@ -234,6 +234,7 @@ def load_sampler(config: "Config", start: Start, policy: Any, tokenizer: Any, st
         decode=tokenizer.decode,
     )
     built.sync(policy)
+    built.hold_once(policy)
     return built
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from rl.rollouts import device, fused, parity, sync
+from rl.rollouts import device, fused, once, parity, sync
 from rl.rollouts.engine import Engine
 from rl.rollouts.load import load_sampler
 from rl.rollouts.result import Completion, Sampling
@@ -51,6 +51,7 @@ class MLXSampler:
         self.dtype, self.precision, self.packed, self.quantize = dtype, precision, packed, quantize
         self.adapted = False
         self.syncs = SyncTotals()
+        self.base_shared_bytes = 0
 
     def sync(self, policy: Any) -> sync.SyncReport:
         """Copy the policy's adapter (if it has one) or all its weights; raises SyncError when they do not fit."""
@@ -73,6 +74,11 @@ class MLXSampler:
         self.syncs.total_s += report.seconds
         self.syncs.bytes, self.syncs.tensors, self.syncs.way = report.bytes, report.tensors, report.way
         return report
+
+    def hold_once(self, policy: Any) -> int:
+        """Let a frozen base of `policy` lie in the sampler's memory (`rl.rollouts.once`); returns the bytes saved."""
+        self.base_shared_bytes += once.hold_once(policy, self.model)
+        return self.base_shared_bytes
 
     def check(self, policy: Any, vocabulary: int) -> parity.Parity:
         """Teacher-forced logprobs against the trainer's; raises RunFailed naming the layer when they differ.
