@@ -234,9 +234,8 @@ def _code(returned: int, control: Path) -> int:
     if returned == 0 and 0 in codes:
         return 0
     lines = (control / "log").read_text(encoding="utf-8", errors="replace").splitlines()
-    print(
-        "\n".join([*lines[-TAIL:], f"failed: the run's processes ended without a result ({returned})"]), file=sys.stderr
-    )
+    told = f"failed: the run's processes ended without a result ({returned}); --resume goes on from its last checkpoint"
+    print("\n".join([*lines[-TAIL:], told]), file=sys.stderr)
     return 1
 
 

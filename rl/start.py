@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rl import files, models
+from rl import files, models, processes
 from rl.errors import UserError
 from rl.hf_folder import check_folder, weights_sha256
 from rl.models import Base
@@ -88,6 +88,31 @@ def load_policy(config: "Config", start: Start, device: "torch.device") -> Any:
 
         return PeftModel.from_pretrained(model, start.adapter, is_trainable=True)
     return model if config.model.lora is None else models.add_lora(model, config.model.lora)
+
+
+def load_whole(
+    config: "Config",
+    start: Start,
+    weights: "Mapping[str, torch.Tensor]",
+    tokenizer: Any,
+    stop_ids: list[int],
+    device: "torch.device",
+) -> tuple[Any, Any]:
+    """The policy that FSDP has trained, in the machine's memory, and a sampler of it on `device`.
+
+    `weights` are all those that were trained (`rl.processes.whole_weights`). What training held on the card is given
+    back first: MLX cannot take what torch's allocator keeps.
+    """
+    import gc
+
+    import torch
+
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    policy = load_policy(config, start, processes.loading_place(device))
+    policy.load_state_dict(weights, strict=False)
+    return policy, load_sampler(config, start, policy, tokenizer, stop_ids)
 
 
 def load_reference(config: "Config", root: Path, folder: Path | None, tokenizer: Any, device: "torch.device") -> Any:

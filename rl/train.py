@@ -251,14 +251,14 @@ def _work(
         job.train = processes.share(lambda: pairs.for_job(job, sampler, origin, display))
     if config.data.curriculum is not None:
         job.train = processes.share(lambda: curriculum.for_job(job, sampler, begin.sha256, ROOT, display))
+    if processes.sharded():
+        sampler = job.sampler = None  # its room on the card is the shards', and their weights get another
     fit(job)
     weights = processes.whole_weights(policy)
     if not alone:
         return None
     if weights is not None:
-        policy = start.load_policy(config, begin, where)
-        policy.load_state_dict(weights, strict=False)
-        sampler = start.load_sampler(config, begin, policy, tokenizer, stop_ids)
+        policy, sampler = start.load_whole(config, begin, weights, tokenizer, stop_ids, where)
     display.stage(f"after: {len(dataset.heldout)} held-out questions, greedy")
     if config.rollout.engine == "mlx":
         sampler.sync(policy)

@@ -206,9 +206,14 @@ def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (
             "raise ValueError('broken')",
             1,
-            "ValueError: broken\nfailed: the run's processes ended without a result (1)\n",
+            "ValueError: broken\nfailed: the run's processes ended without a result (1); "
+            "--resume goes on from its last checkpoint\n",
         ),
-        ("os.kill(os.getpid(), 9)", 1, "failed: the run's processes ended without a result (-9)\n"),
+        (
+            "os.kill(os.getpid(), 9)",
+            1,
+            "failed: the run's processes ended without a result (-9); --resume goes on from its last checkpoint\n",
+        ),
     ],
 )
 def test_the_exit_code_and_the_line_come_through(
