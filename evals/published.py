@@ -216,9 +216,12 @@ def _source(root: Path, name: str, source: Path | None) -> Path:
         return folder
     begun = root / "models" / "checkpoints" / folder.name
     if source is None and (begun / "run.json").is_file():
-        raise UserError(f"{begun}: status is {record.read(begun).status!r}, not finished; go on with --resume")
+        raise UserError(
+            f"{begun.relative_to(root)}: status is {record.read(begun).status!r}, not finished; go on with --resume"
+        )
     known = sorted(path.parent.name for path in parent.glob("*/run.json") if not path.parent.name.startswith("."))
-    raise UserError(f"{parent}: no run {folder.name!r}; {nearest(folder.name, known) if known else 'it holds no run'}")
+    where = parent.relative_to(root) if parent.is_relative_to(root) else parent
+    raise UserError(f"{where}: no run {folder.name!r}; {nearest(folder.name, known) if known else 'it holds no run'}")
 
 
 def _only_measured(root: Path, name: str) -> bool:

@@ -345,9 +345,9 @@ def _parser() -> argparse.ArgumentParser:
     samples.add_argument("--out", type=Path, metavar="FOLDER", help="where to; the run's folder if not given")
     look = command("completions", _completions, "what a run said while it trained: terminal, page, or live page")
     look.add_argument("run", metavar="RUN", help="a run, finished or going on, or its folder")
-    for option, example in (("reward", ">0.5 or 'exact=1'"), ("length", "10..20"), ("step", ">=100")):
+    for option, example in (("reward", "'>0.5' or 'exact=1'"), ("length", "'10..20'"), ("step", "'>=100'")):
         look.add_argument(
-            f"--{option}", action="append", default=[], metavar="CONDITION", help=f"e.g. '{example}'; may be repeated"
+            f"--{option}", action="append", default=[], metavar="CONDITION", help=f"e.g. {example}; may be repeated"
         )
     look.add_argument("--text", metavar="WORDS", help="in the prompt or the completion, whatever the case")
     look.add_argument(

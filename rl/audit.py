@@ -6,7 +6,6 @@ of MPS kernels (rl/audit_kernels.py). It says that an operator exists there, not
 Mac and `nox -s mps_smoke`.
 """
 
-import difflib
 import functools
 import importlib
 import tempfile
@@ -20,6 +19,7 @@ from rl import audit_kernels as kernels
 from rl import config as configs
 from rl import files, record, smoke_steps
 from rl.algorithms import ALGORITHMS
+from rl.config_read import nearest
 from rl.errors import RunFailed, UserError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -55,10 +55,7 @@ def main(algorithms: Sequence[str] = (), *, write: bool = False, root: Path = RO
     from rich.table import Table
 
     if unknown := next((name for name in algorithms if name not in ALGORITHMS), None):
-        near = difflib.get_close_matches(unknown, ALGORITHMS, 1)
-        raise UserError(
-            f"audit: no algorithm '{unknown}'" + (f", did you mean '{near[0]}'?" if near else f": {ALGORITHMS}")
-        )
+        raise UserError(f"audit: no algorithm '{unknown}', {nearest(unknown, ALGORITHMS)}")
     if write and algorithms:
         raise UserError("audit: --write is for the page of all algorithms: give no algorithm with it")
     console = Console()

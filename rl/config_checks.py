@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import difflib
 import json
 import math
 import re
@@ -9,7 +11,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rl import config_builds, config_mix, config_ppo, config_preferences, config_tools, reporting, trl_fields
+from rl import (
+    config_builds,
+    config_mix,
+    config_ppo,
+    config_preferences,
+    config_tools,
+    models,
+    names,
+    reporting,
+    trl_fields,
+)
 from rl.algorithms import GROUPED, ONLINE, PREFERENCES, defaults
 from rl.config_read import Source
 from rl.errors import UserError
@@ -91,6 +103,11 @@ def _check_model(config: Config, source: Source) -> None:
     if model.base is not None and _is_bitsandbytes(model.base):
         made = "valid: the model it was made of, with [model.quantization] bits = 4 and [model.lora]: MLX quantizes it"
         raise source.error(("model", "base"), f"found '{model.base}', packed by bitsandbytes, which has no MPS; {made}")
+    if model.base is not None and not _may_be_there(model.base):
+        valid = f"valid: '{models.PACKAGED}', 'tiny', a model folder, a .gguf file, or a hub id 'org/name'"
+        close = difflib.get_close_matches(model.base, (models.PACKAGED, "tiny"), n=1)
+        hint = f", did you mean '{close[0]}'?" if close else ""
+        raise source.error(("model", "base"), f"found '{model.base}', and there is no such folder, {valid}{hint}")
     if model.tiny is not None and model.tiny.hidden % model.tiny.heads:
         found = f"found {model.tiny.heads} heads for hidden {model.tiny.hidden}, valid: a divisor of hidden"
         raise source.error(("model", "tiny", "heads"), found)
@@ -101,6 +118,12 @@ def _check_model(config: Config, source: Source) -> None:
         raise source.error(("model", "tiny", "alphabet"), found)
     if model.lora is not None and not model.lora.targets:
         raise source.error(("model", "lora", "targets"), "found an empty list, valid: names of linear modules")
+
+
+def _may_be_there(base: str) -> bool:
+    """False where a base can be neither on the hub nor on any machine; a folder may be made later, or elsewhere."""
+    known = base in (models.PACKAGED, "tiny") or base.endswith(".gguf") or "/" in base
+    return known or Path(base).expanduser().is_dir()
 
 
 def _is_bitsandbytes(base: str) -> bool:
@@ -216,8 +239,13 @@ def _check_rewards(config: Config, source: Source) -> None:
         if reward.name == "model" and algorithm in ("sft", *PREFERENCES):
             found = f"found 'model', and '{algorithm}' asks a verifier only, valid there: {', '.join(VERIFIERS)}"
             raise source.error(("reward", i, "name"), found)
-        if ":" in reward.name:
-            continue  # the user's own module may import anything
+        if ":" in reward.name:  # read, not imported: the user's own module may import anything
+            node = names.find(reward.name, "function")
+            if isinstance(node, ast.AsyncFunctionDef):
+                node = f"'{reward.name}' is async; a reward returns its list directly"
+            if isinstance(node, str):
+                raise source.error(("reward", i, "name"), node)
+            continue
         # same options, and reasoning-gym's import takes seconds
         light = replace(reward, name="exact") if reward.name == "reasoning-gym" else reward
         try:

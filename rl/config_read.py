@@ -156,7 +156,7 @@ def check_value(wanted: Any, value: Any, source: Source, where: Where) -> None:
     choices = _choices(wanted)
     if choices and isinstance(value, str):
         listed = f", valid: {type_name(wanted)}" if len(choices) <= SHORT_LIST else ""
-        close = difflib.get_close_matches(value, choices, n=1)
+        close = difflib.get_close_matches(value, choices, n=1) or [name for name in choices if name == value.lower()]
         hint = f", did you mean '{close[0]}'?" if close else "" if listed else f", {nearest(value, choices)}"
         raise source.error(where, f"found {_show(value)}{listed}{hint}")
     hint = ""

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 PACKAGED = "smollm2-135m-instruct"
 PACKAGED_NAME = "SmolLM2-135M-Instruct"
 RECIPE = 1  # raise when rl/convert.py, rl/tiny.py or rl/hf_folder.py writes something else than before
-HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+HUB_ID = re.compile(r"(?!.*(?:--|\.\.))\w(?:[\w.-]*\w)?/\w(?:[\w.-]*\w)?", re.ASCII)  # as the hub's client has it
 HUB_FILES = ("config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json")
 HUB_TOKENIZER = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.jinja")
 HUB_SECONDS = 5.0  # how long to wait for the hub's first answer

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from rl import files, record
 from rl.errors import UserError
+from rl.models import HUB_ID
 from rl.record import Record
 
 if TYPE_CHECKING:
@@ -201,7 +202,7 @@ def model_card(run: Record, library: str | None = None, sections: Sequence[str] 
         f"tags: {json.dumps(['duet', algorithm, *(['lora'] if lora else [])])}",
     ]
     hub = PACKAGED.get(base, base)
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", hub) and not Path(hub).exists():
+    if HUB_ID.fullmatch(hub) and not Path(hub).exists():
         front.insert(1, f"base_model: {json.dumps(hub)}")
     tokens = run.tokens.get("completion") or 0
     trained = [

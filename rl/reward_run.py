@@ -7,15 +7,15 @@ second folder. Beside it lie `samples.jsonl` with each pair's scores and `reward
 
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rl import files, finish, pairs, report, run, start
-from rl.config import Config
-from rl.display import Display, Sample
+from rl import files, finish, pairs, prepared, report, start
+from rl.display import Sample
 from rl.errors import RunFailed
+from rl.prepared import Prepared
 from rl.rewards import Score, learned
 from rl.rewards.answers import text_of
 
@@ -26,42 +26,21 @@ Row = dict[str, Any]
 PairScores = list[tuple[float, float]]  # (chosen, rejected) of each pair
 
 
-def work(
-    config: Config,
-    opened: run.OpenRun,
-    dataset: Any,
-    device: Any,
-    begin: start.Start,
-    tokenizer: Any,
-    display: Display,
-    fit: Callable[["Job"], Any],
-) -> None:
-    """From a base and rows to a finished run folder. `fit` trains a job and raises where it cannot finish."""
-    from rl.algorithms import base as algorithms
-    from rl.algorithms import seam
-
-    job = algorithms.Job(
-        config=config,
-        folder=opened.folder,
-        device=device,
-        model=None,
-        tokenizer=tokenizer,
-        train=dataset.train,
-        stop_ids=seam.stop_ids(tokenizer, config.rollout.stop),
-        resume=opened.checkpoint.path if opened.checkpoint else None,
-        tokens=opened.record.tokens,
-    )
-    job.train, heldout, sampler = _rows(job, opened, dataset, begin, display)
+def work(run: Prepared) -> None:
+    """From a base and rows to a finished run folder."""
+    config, opened, display = run.config, run.opened, run.display
+    job = prepared.job(run, model=None)
+    job.train, heldout, sampler = _rows(job, run)
 
     display.stage(f"before: {len(heldout)} held-out pairs, an untrained head")
-    job.tokenizer = learned.with_own_pad(tokenizer)
-    job.model = start.load_scorer(config, begin, job.tokenizer, device)
+    job.tokenizer = learned.with_own_pad(run.tokenizer)
+    job.model = start.load_scorer(config, run.begin, job.tokenizer, run.device)
     memory = opened.folder / "before.json"
     before = _remembered(memory) or ranked(job.model, job.tokenizer, heldout)
     files.write_json(memory, before)
 
     display.stage("reward: training")
-    fit(job)
+    prepared.fit(run, job)
 
     display.stage(f"after: {len(heldout)} held-out pairs")
     after = ranked(job.model, job.tokenizer, heldout)
@@ -85,7 +64,7 @@ def work(
             what="pairs of completions",
         ),
         save,
-        device,
+        run.device,
         display,
     )
 
@@ -107,24 +86,20 @@ def statistics(pair_scores: PairScores) -> learned.Statistics:
     return learned.Statistics(mean, spread, len(flat))
 
 
-def _rows(
-    job: "Job", opened: run.OpenRun, dataset: Any, begin: start.Start, display: Display
-) -> tuple[list[Row], list[Row], dict[str, Any]]:
+def _rows(job: "Job", run: Prepared) -> tuple[list[Row], list[Row], dict[str, Any]]:
     """(training pairs, held-out pairs, how the sampler held its weights): given, kept, or sampled now."""
-    config, folder = job.config, opened.folder
+    config, dataset, display, folder = run.config, run.dataset, run.display, run.opened.folder
     ask = {name: pairs.wanted(config, rows) for name, rows in (("train", dataset.train), ("heldout", dataset.heldout))}
     train = pairs.read(folder) if ask["train"] else dataset.train
     heldout = pairs.read(folder, pairs.HELDOUT) if ask["heldout"] else dataset.heldout
     if train and heldout:
         return train, heldout, {}
     display.stage(f"policy on {job.device.type}, sampler: {config.rollout.engine}")
-    policy = start.load_policy(config, begin, job.device)
-    sampler = start.load_sampler(config, begin, policy, job.tokenizer, job.stop_ids)
+    policy = start.load_policy(config, run.begin, run.device)
+    sampler = start.load_sampler(config, run.begin, policy, job.tokenizer, job.stop_ids)
     start.check_parity(config, policy, sampler, len(job.tokenizer), display)
-    parent = next((p["name"] for p in opened.record.parents if p["role"] == "model.from"), None)
-    origin = {"run": parent, **opened.record.base}
-    train = train or pairs.for_job(job, sampler, origin, display)
-    heldout = heldout or pairs.heldout_for_job(job, dataset.heldout, sampler, origin, display)
+    train = train or pairs.for_job(job, sampler, run.origin, display)
+    heldout = heldout or pairs.heldout_for_job(job, dataset.heldout, sampler, run.origin, display)
     return train, heldout, finish.held(sampler)
 
 

@@ -33,6 +33,15 @@ def char_tokenizer(alphabet: str) -> "Tokenizer":
     return tokenizer
 
 
+def is_character_level(tokenizer: "PreTrainedTokenizerBase") -> bool:
+    """Whether it is such a tokenizer, also one that a run has saved."""
+    from tokenizers.models import WordLevel
+
+    model = getattr(getattr(tokenizer, "backend_tokenizer", None), "model", None)
+    words = set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens)
+    return isinstance(model, WordLevel) and all(len(word) == 1 for word in words)
+
+
 def check_text(tokenizer: "PreTrainedTokenizerBase", texts: Iterable[str], where: str) -> None:
     """Refuse texts with characters the tiny model's alphabet lacks; `where` opens the error message.
 
@@ -40,10 +49,11 @@ def check_text(tokenizer: "PreTrainedTokenizerBase", texts: Iterable[str], where
         UserError: names the characters.
     """
     missing = sorted(set().union(*texts) - set(tokenizer.get_vocab()))
+    more = f" and {len(missing) - 10} more" if len(missing) > 10 else ""
     if missing:
         raise UserError(
-            f"{where}: the data holds {' '.join(map(repr, missing[:10]))}, which [model.tiny] alphabet lacks: "
-            "add them there, or use [data] form = 'char'"
+            f"{where}: the data holds {' '.join(map(repr, missing[:10]))}{more}, which the tiny model has no token "
+            "for: add them to [model.tiny] alphabet (of the run it starts from), or take a model with words"
         )
 
 

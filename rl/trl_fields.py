@@ -6,10 +6,12 @@ Importing `trl.GRPOConfig` would take 10-24 s. A test compares what is read here
 from __future__ import annotations
 
 import ast
+import difflib
 import functools
 import importlib.util
 import operator
 import types
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -237,9 +239,28 @@ def _instead(name: str, known: dict[str, Argument], algorithm: str, source: Sour
         return f"it is an argument of algorithm '{others[0]}', this is '{algorithm}'"
     if table := source.home(name):
         return f"it belongs in {table}"
-    hint = nearest(name, ["algorithm", *known])
+    hint = _meant(name, ["algorithm", *(other for other in known if home_of(other) is None)])
     owner = "TRL's " if SOURCES[CLASSES[algorithm]][0] == "trl" else ""
     return hint if hint.startswith("did") else f"valid: algorithm and the arguments of {owner}{CLASSES[algorithm]}"
+
+
+def _meant(name: str, known: list[str]) -> str:
+    """ "did you mean ...": initials ("lr"), a part ("batch_size"), a misspelling, beginnings ("grad_accum")."""
+    words, parts = {other: other.split("_") for other in known}, name.split("_")
+    initials = [other for other in known if "".join(word[:1] for word in words[other]) == name]
+    whole = [other for other in known if _holds(words[other], parts, str.__eq__)]
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.8)
+    begun = [other for other in known if _holds(words[other], parts, str.startswith)]
+    found = next((some for some in (initials[:1], whole, near, begun) if 0 < len(some) <= 3), None)
+    if found is None:
+        return nearest(name, known)
+    return f"did you mean {' or '.join(repr(other) for other in found)}?"
+
+
+def _holds(words: list[str], parts: list[str], alike: Callable[[str, str], bool]) -> bool:
+    """Whether neighbours among `words` are `alike` to `parts`."""
+    starts = range(len(words) - len(parts) + 1)
+    return any(all(alike(w, p) for w, p in zip(words[i:], parts, strict=False)) for i in starts)
 
 
 def _lineage(name: str) -> list[str]:

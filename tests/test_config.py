@@ -62,7 +62,7 @@ def test_set_parses_toml_falls_back_to_a_string_and_wins_over_the_file(tmp_path:
         "trainer.learning_rate=1e-4",
         "trainer.max_steps = 20",
         "trainer.lr_scheduler_kwargs.num_cycles=2",
-        "reward.0.name=my:reward",
+        "reward.0.name=colorsys:rgb_to_hsv",
         "reward.0.weight=0.5",
         "reward.0.pattern=^a=b$",
         'rollout.stop=["\\n", "x"]',

@@ -20,6 +20,20 @@ BAD_FILES = {
         "x.toml: [data] unknown key 'zzz', valid: curriculum, form, from, heldout_path, heldout_split, max_a, max_b, "
         "mix, name, operation, path, seed, shots, source, split, system, task, train_size",
     ),
+    "the beginning of a key's words": (
+        GRPO + "grad_accum = 4\n",
+        "x.toml: [trainer] unknown key 'grad_accum', did you mean 'gradient_accumulation_steps'?",
+    ),
+    "initials of a key": (GRPO + "lr = 1e-4\n", "x.toml: [trainer] unknown key 'lr', did you mean 'learning_rate'?"),
+    "the end of several keys": (
+        GRPO + "batch_size = 4\n",
+        "x.toml: [trainer] unknown key 'batch_size', did you mean 'per_device_train_batch_size' "
+        "or 'generation_batch_size'?",
+    ),
+    "a trainer key that nothing resembles": (
+        GRPO + "zzz = 4\n",
+        "x.toml: [trainer] unknown key 'zzz', valid: algorithm and the arguments of TRL's GRPOConfig",
+    ),
     "key of another table": (
         GRPO.replace("[run]", "[run]\ntemperature = 1.0"),
         "x.toml: [run] unknown key 'temperature', it belongs in [rollout]",
@@ -96,6 +110,13 @@ BAD_VALUES = {
     "trainer.max_steps=1.5": "[trainer] max_steps: found 1.5 (float), valid: int",
     "trainer.max_steps=0": "[trainer] max_steps: found 0, valid: ≥ 1, or -1 for num_train_epochs",
     "trainer.report_to=3": "[trainer] report_to: found 3 (int), valid: str or list of str (quote it)",
+    "trainer.algorithm=GRPO": "[trainer] algorithm: found 'GRPO', did you mean 'grpo'?",
+    "model.base=smollm2-135m": "[model] base: found 'smollm2-135m', and there is no such folder, valid: "
+    "'smollm2-135m-instruct', 'tiny', a model folder, a .gguf file, or a hub id 'org/name', did you mean",
+    "reward.0={name='nowhere:f'}": "[[reward]] 0 name: there is no module 'nowhere' (looked for from '",
+    "reward.0={name='colorsys:rgb_to_hvs'}": "[[reward]] 0 name: 'colorsys' has no function 'rgb_to_hvs', did you mean "
+    "'rgb_to_hsv'?; it has: rgb_to_yiq, ",
+    "reward.0={name='asyncio.subprocess:create_subprocess_exec'}": "[[reward]] 0 name: 'asyncio.subprocess:create_subp",
     "trainer.lr_scheduler_type=cosin": "[trainer] lr_scheduler_type: found 'cosin', did you mean 'cosine'?",
     "trainer.loss_type=dap": "[trainer] loss_type: found 'dap', valid: grpo, bnpo, dr_grpo, dapo, luspo",
     "trainer.parallelism_config=1": "[trainer] parallelism_config: refused: it takes a Python object",

@@ -12,7 +12,7 @@ import torch
 
 import rl.rollouts  # noqa: F401  binds BLAS before mlx loads
 from rl import config as configs
-from rl import files, models, packed, train
+from rl import files, models, packed, policy_run
 from rl.rollouts import parity, quantized
 from rl.tiny import write_tiny
 
@@ -49,7 +49,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Any, Any]
         data=configs.Data(source="arithmetic", train_size=8),
         trainer=configs.Trainer(algorithm="grpo"),
     )
-    train._save(config, policy, tokenizer, folder / "run")
+    policy_run.save(config, policy, tokenizer, folder / "run")
     return folder / "base", folder / "run", policy, tokenizer
 
 

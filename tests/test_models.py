@@ -382,3 +382,11 @@ def test_importing_the_modules_imports_nothing_heavy():
     code += f"print(sorted({heavy} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("name", ["./absent", "-a/b", "a/b.", "a/b--c", "a/..b", "a/b/c", "a"])
+def test_what_can_be_no_hub_id_is_never_asked_of_the_hub(make_config, tmp_path, name):
+    """Trap: the hub's client raises its own error for such a name, which reached the user as a traceback."""
+    with pytest.raises(UserError, match=r"no folder of that name; valid are 'smollm2-135m-instruct', 'tiny', a model"):
+        models.resolve_base(make_config(name), tmp_path)
+    assert models.HUB_ID.fullmatch("HuggingFaceTB/SmolLM2-135M.v2_1")

@@ -1,6 +1,7 @@
 """The tiny character-level Llama: size, seeds, tokens and the settings that are refused."""
 
 import hashlib
+import json
 import math
 
 import pytest
@@ -9,7 +10,29 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rl import config, models, tiny
+from rl.__main__ import main
 from rl.errors import UserError
+
+LETTERS = """
+[run]
+name = "letters"
+[model]
+base = "tiny"
+[model.tiny]
+hidden = 32
+layers = 2
+intermediate = 64
+[data]
+source = "jsonl"
+path = "rows.jsonl"
+form = "char"
+train_size = 30
+[trainer]
+algorithm = "sft"
+max_steps = 1
+[eval]
+size = 4
+"""
 
 
 def test_tiny_default_has_the_parameters_counted_by_hand(make_config, tmp_path):
@@ -64,6 +87,35 @@ def test_characters_outside_the_alphabet_never_vanish(tiny_base):
     with pytest.raises(UserError) as error:
         tiny.check_text(tokenizer, ["1+2?", "x"], "c.toml")
     assert "'?' 'x'" in str(error.value)
+    assert tiny.is_character_level(tokenizer)
+
+
+def write(folder, first, more=""):
+    """rows.jsonl, whose first completion is `first`, and x.toml."""
+    rows = [{"prompt": f"{i}+1=", "answer": str(i + 1), "completion": str(i + 1) if i else first} for i in range(40)]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "x.toml").write_text(LETTERS + more)
+
+
+def test_training_on_letters_is_refused_in_one_line_before_the_run_has_a_folder(tmp_path, monkeypatch, capsys):
+    """Trap: the tokenizer's own error is a traceback that names neither the file nor the alphabet."""
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path, "one")
+    assert main(["train", "x.toml", "--force"]) == 2
+    line = capsys.readouterr().err
+    assert line.startswith("error: x.toml: the data holds 'e' 'n' 'o', which the tiny model has no token for: add")
+    assert not (tmp_path / "models" / "checkpoints").exists()
+
+
+def test_a_reward_that_fails_to_import_is_said_before_the_run_has_a_folder(tmp_path, monkeypatch, capsys):
+    """Trap: found while the run is recorded, it leaves a failed run behind, and every next try asks for --restart."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "breaking.py").write_text("raise ValueError('no such file')\n\ndef f(completions): return []\n")
+    write(tmp_path, "1", "[[reward]]\nname = 'breaking:f'\n")
+    assert main(["train", "x.toml", "--force"]) == 2
+    assert "cannot import 'breaking'" in capsys.readouterr().err
+    assert not (tmp_path / "models" / "checkpoints").exists()
 
 
 @pytest.mark.parametrize(

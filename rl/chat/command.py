@@ -5,16 +5,19 @@ as `\\n`. A model's output is never allowed to move the cursor or to colour the 
 """
 
 import json
+import math
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from rl import finished, record
 from rl.display import visible
 from rl.errors import UserError
-from rl.rollouts.result import Sampling
+
+if TYPE_CHECKING:
+    pass
 
 HELP = """\
 /base     the model the run came from answers; again: the run      /both     both answer; again: one
@@ -186,12 +189,15 @@ def main(
         raise UserError(f"{text}: {run.status}; a run can be talked to when it has finished: --resume goes on with it")
     if run.config.get("trainer", {}).get("algorithm") == "reward":
         raise UserError(f"{text}: a reward model gives scores and no text; `reward-report {text}` shows them")
+    given = {name: value for name, value in given.items() if value is not None}
+    _check(given)
     rollout = run.config.get("rollout", {})
+    from rl.rollouts.result import Sampling  # here: torch comes with its package, and takes seconds
+
     sampling = replace(
         Sampling(**{name: rollout[name] for name in ("temperature", "top_p", "top_k", "min_p") if name in rollout}),
-        **{name: value for name, value in given.items() if value is not None},
+        **given,
     )
-    _check(sampling)
     from rl import train
     from rl.chat import voices
 
@@ -247,12 +253,13 @@ def _loop(chat: Chat, live: bool) -> int:
             print(f"({error})")
 
 
-def _check(sampling: Sampling) -> None:
+def _check(given: dict[str, float]) -> None:
+    """What argparse took as numbers; the run's own were checked when it was made."""
     for name, good, valid in (
-        ("temperature", sampling.temperature >= 0, "≥ 0 (0 = greedy)"),
-        ("top-p", 0 < sampling.top_p <= 1, "> 0 and ≤ 1"),
-        ("top-k", sampling.top_k >= 0, "≥ 0 (0 = off)"),
-        ("min-p", 0 <= sampling.min_p <= 1, "≥ 0 and ≤ 1"),
+        ("temperature", lambda value: 0 <= value < math.inf, "≥ 0 (0 = greedy)"),
+        ("top_p", lambda value: 0 < value <= 1, "> 0 and ≤ 1"),
+        ("top_k", lambda value: value >= 0, "≥ 0 (0 = off)"),
+        ("min_p", lambda value: 0 <= value <= 1, "≥ 0 and ≤ 1"),
     ):
-        if not good:
-            raise UserError(f"--{name}: found {getattr(sampling, name.replace('-', '_'))}, valid: {valid}")
+        if name in given and not good(given[name]):
+            raise UserError(f"--{name.replace('_', '-')}: found {given[name]}, valid: {valid}")

@@ -1,6 +1,5 @@
 """The rewards a config can name, and the wrapper that keeps one bad sample from costing a batch."""
 
-import difflib
 import importlib
 import inspect
 import math
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rl.errors import RunFailed, UserError
+from rl.names import near
 from rl.rewards import json_schema
 from rl.rewards.answers import EXTRACTS, Score, Scorer, grade, text_of
 from rl.rewards.equivalence import equivalent
@@ -125,7 +125,7 @@ def build(rewards: "tuple[Reward, ...]") -> list[RewardFunction]:
             function = _NAMED[reward.name].make(reward.options, where)
         else:
             raise UserError(
-                f"[[reward]] {position}: unknown name '{reward.name}'{_near(reward.name, NAMES)}; valid: "
+                f"[[reward]] {position}: unknown name '{reward.name}'{near(reward.name, NAMES)}; valid: "
                 f"{', '.join(NAMES)}, or 'module:function' for your own"
             )
         built.append(RewardFunction(name, reward.weight, function))
@@ -312,7 +312,7 @@ NAMES: tuple[str, ...] = tuple(_NAMED)
 def _check(options: Mapping[str, Any], known: Mapping[str, Option], where: str) -> None:
     for name, value in options.items():
         if name not in known:
-            raise UserError(f"{where}: unknown key '{name}'{_near(name, known)}; valid: {', '.join(known)}")
+            raise UserError(f"{where}: unknown key '{name}'{near(name, known)}; valid: {', '.join(known)}")
         if not known[name].valid(value):
             raise UserError(f"{where}: {name} = {value!r}, must be {known[name].what}")
     for name, option in known.items():
@@ -331,7 +331,7 @@ def _own(path: str, options: Mapping[str, Any], where: str) -> BatchReward:
     if not callable(function):
         own = [n for n, v in vars(module).items() if inspect.isfunction(v) and v.__module__ == module_name]
         raise UserError(
-            f"{where}: '{module_name}' has no function '{function_name}'{_near(function_name, own)}; "
+            f"{where}: '{module_name}' has no function '{function_name}'{near(function_name, own)}; "
             f"it has: {', '.join(own) or 'none'}"
         )
     if inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(type(function).__call__):
@@ -340,7 +340,7 @@ def _own(path: str, options: Mapping[str, Any], where: str) -> BatchReward:
     takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
     for name in options:
         if name in ("prompts", "completions") or not (takes_all or name in parameters):
-            raise UserError(f"{where}: '{function_name}' takes no option '{name}'{_near(name, parameters)}")
+            raise UserError(f"{where}: '{function_name}' takes no option '{name}'{near(name, parameters)}")
 
     def call(**columns: Any) -> Iterable[float | None]:
         given = columns | dict(options)
@@ -378,8 +378,3 @@ def _told(error: Exception) -> str:
 
 def _is_column(value: Any, rows: int) -> bool:
     return isinstance(value, list | tuple) and len(value) == rows
-
-
-def _near(name: str, known: Iterable[str]) -> str:
-    match = difflib.get_close_matches(name, list(known), n=1)
-    return f", did you mean '{match[0]}'?" if match else ""

@@ -5,13 +5,10 @@ A tool is a plain function (or an environment's method) whose parameters are all
 """
 
 import ast
-import difflib
-import importlib.util
 import re
-from collections.abc import Iterable
-from pathlib import Path
 
-Function = ast.FunctionDef | ast.AsyncFunctionDef
+from rl import names
+from rl.names import Function
 
 SHAPE = "valid: def f(x: int) -> str with a docstring that describes each parameter under 'Args:'"
 # methods of an environment that are no tools
@@ -20,46 +17,15 @@ _ENTRY = re.compile(r"^\s*(\w+)\s*(?:\([^)]*\))?\s*:\s*\S")
 
 
 def problem(dotted: str, kind: str) -> str | None:
-    """What is wrong with "module:name" as a `kind` ("function" or "class"), None where nothing is or cannot be seen.
-
-    Only the source of the module is read (its packages are imported, as Python does to find it); a name that it takes
-    from another module is looked up there, and what is made at run time is left to the run.
-    """
-    module, colon, name = dotted.partition(":")
-    if not (colon and module and name.isidentifier()):
-        return f"found {dotted!r}, valid: 'module:{'Class' if kind == 'class' else 'function'}'"
-    path = _source(module)
-    if isinstance(path, str):
-        return path
-    if path is None:
-        return None
-    try:
-        tree = ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
-    except (OSError, SyntaxError, ValueError) as error:
-        at = f" line {error.lineno}" if isinstance(error, SyntaxError) else ""
-        return f"'{dotted}': {path.name}{at} cannot be read: {str(error).splitlines()[0]}"
-    return _look(tree, module, name, dotted, kind)
-
-
-def _look(tree: ast.Module, module: str, name: str, dotted: str, kind: str) -> str | None:
-    for node in tree.body:
-        if isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
-            for alias in node.names:
-                if (alias.asname or alias.name) == name:
-                    return problem(f"{node.module}:{alias.name}", kind)
-        if isinstance(node, Function) and node.name == name:
-            if kind == "class":
-                return f"'{dotted}' is a function, valid: a class with reset() and methods that are tools"
-            return function_problem(node, dotted)
-        if isinstance(node, ast.ClassDef) and node.name == name:
-            if kind == "function":
-                return f"'{dotted}' is a class, {SHAPE}"
-            return class_problem(node, dotted)
-    if _may_be_made(tree, name):
-        return None
-    wanted = Function if kind == "function" else ast.ClassDef
-    known = [node.name for node in tree.body if isinstance(node, wanted) and not node.name.startswith("_")]
-    return f"'{module}' has no {kind} '{name}'{near(name, known)}; it has: {', '.join(known) or 'none'}"
+    """What is wrong with "module:name" as a `kind` ("function" or "class"), None where nothing is or cannot be seen."""
+    node = names.find(dotted, kind)
+    if node is None or isinstance(node, str):
+        return node
+    if isinstance(node, ast.ClassDef):
+        return class_problem(node, dotted) if kind == "class" else f"'{dotted}' is a class, {SHAPE}"
+    if kind == "class":
+        return f"'{dotted}' is a function, valid: a class with reset() and methods that are tools"
+    return function_problem(node, dotted)
 
 
 def function_problem(node: Function, dotted: str, method: bool = False) -> str | None:
@@ -94,37 +60,6 @@ def class_problem(node: ast.ClassDef, dotted: str) -> str | None:
     if not tools and not inherits:
         return f"'{dotted}' has no method to call as a tool (beside {', '.join(OWN)} and _private ones)"
     return next((said for n in tools if (said := function_problem(n, f"{dotted}.{n.name}", method=True))), None)
-
-
-def near(name: str, known: Iterable[str]) -> str:
-    """ ", did you mean 'x'?" or nothing."""
-    match = difflib.get_close_matches(name, list(known), n=1)
-    return f", did you mean '{match[0]}'?" if match else ""
-
-
-def _source(module: str) -> Path | str | None:
-    """The module's file, or what is wrong, or None for one that has no Python source."""
-    try:
-        spec = importlib.util.find_spec(module)
-    except Exception as error:  # a package on the way may fail in any way when it is imported
-        return f"'{module}' cannot be found from '{Path.cwd()}': {type(error).__name__}: {error}"
-    if spec is None:
-        return f"there is no module '{module}' (looked for from '{Path.cwd()}')"
-    return Path(spec.origin) if spec.origin and spec.origin.endswith(".py") else None
-
-
-def _may_be_made(tree: ast.Module, name: str) -> bool:
-    """Whether the name is assigned, or comes from an import that is not followed."""
-    for node in tree.body:
-        if isinstance(node, ast.If | ast.Try):
-            return True
-        if isinstance(node, ast.Assign | ast.AnnAssign | ast.With):
-            named = {n.id for n in ast.walk(node) if isinstance(n, ast.Name)}
-            if name in named:
-                return True
-        if isinstance(node, ast.ImportFrom) and any(alias.name in ("*", name) for alias in node.names):
-            return True
-    return False
 
 
 def _described(docstring: str) -> set[str]:

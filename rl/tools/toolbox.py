@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rl.errors import UserError
+from rl.names import near
 from rl.tools.calls import Runner, Seat, guarded, seat_class, tool_methods
-from rl.tools.signatures import SHAPE, near, problem
+from rl.tools.signatures import SHAPE, problem
 
 if TYPE_CHECKING:
     from rl.config import Config
