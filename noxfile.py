@@ -80,6 +80,12 @@ def train(session: nox.Session) -> None:
     python(session, "-m", "rl", "train", *session.posargs)
 
 
+@nox.session
+def check(session: nox.Session) -> None:
+    """Say what is wrong with a config, or print every setting it resolves to: nox -s check -- configs/grpo.toml"""
+    python(session, "-m", "rl", "check", *session.posargs)
+
+
 @nox.session(name="eval")
 def evaluate(session: nox.Session) -> None:
     """Measure runs and other models with lm-eval and write tables: nox -s eval -- RUN --tasks gym_gcd,arc_easy"""
@@ -88,7 +94,7 @@ def evaluate(session: nox.Session) -> None:
 
 @nox.session
 def mps_smoke(session: nox.Session) -> None:
-    """Train one tiny step on the best device here and say which it was."""
+    """Hold this machine's device against references: arithmetic, training steps, trainer beside sampler, memory."""
     python(session, "-m", "rl", "smoke", *session.posargs)
 
 

@@ -10,6 +10,7 @@ import difflib
 import functools
 import importlib.util
 import operator
+import sys
 import types
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -279,7 +280,7 @@ def _tree(package: str, file: str) -> ast.Module:
     """Syntax tree of a file of an installed package, found without running the package."""
     spec = importlib.util.find_spec(package)  # of a top-level name: a submodule's would import its parent
     if spec is None or spec.origin is None:
-        raise UserError(f"the package '{package}' is not installed: run `uv sync --locked`")
+        raise UserError(f"'{package}' is not installed for {sys.executable}: run nox, or .venv/bin/python after it")
     path = Path(spec.origin).parent / file
     try:
         return ast.parse(path.read_text(encoding="utf-8"))

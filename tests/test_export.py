@@ -296,7 +296,7 @@ def test_bad_input_is_one_line_and_writes_nothing(root: Path, monkeypatch: pytes
     assert "--quantize 4 with --to gguf: valid: 8" in error("gguf", "float16", 4)
     assert "valid: none" in error("safetensors", "float16", 8)
     assert "--dtype bfloat16 with --to gguf" in error("gguf", "bfloat16")
-    assert "--repo: found None, valid: USER/NAME" in error("hub")
+    assert "--repo: missing, valid: USER/NAME" in error("hub")
     assert "are of --to hub" in error("mlx", repo="a/b")
     with monkeypatch.context() as patched:
         patched.setattr(command, "free_bytes", lambda path: 1000)

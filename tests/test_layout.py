@@ -146,7 +146,7 @@ def test_every_nox_session_says_what_it_does() -> None:
     tree = ast.parse(text("noxfile.py") or "")
     sessions = [node for node in tree.body if isinstance(node, ast.FunctionDef) and node.decorator_list]
     assert {node.name for node in sessions} == {
-        *("lint", "tests", "train", "evaluate", "mps_smoke", "doctor", "clean", "bench", "plan"),
+        *("lint", "tests", "train", "check", "evaluate", "mps_smoke", "doctor", "clean", "bench", "plan"),
         *("export", "completions", "paper", "chat", "samples"),
     }
     assert all((ast.get_docstring(node) or "").count("\n") == 0 and ast.get_docstring(node) for node in sessions)

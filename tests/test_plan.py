@@ -135,6 +135,13 @@ def test_chips_are_known_by_name_or_refused() -> None:
         machine.named("m4", None)
 
 
+def test_a_chip_newer_than_the_table_is_planned_without_its_speed(capsys: pytest.CaptureFixture[str]) -> None:
+    newer = machine.named("Apple M5 Max", "64GB")
+    assert (newer.name, newer.usable, newer.flops) == ("m5-max", on(64).usable, 0)
+    assert cli.main(["plan", "configs/tiny/grpo.toml", "--chip", "m5", "--memory", "16GB"]) == 0
+    assert "time: unknown, m5 is not a chip of the table\n" in capsys.readouterr().out
+
+
 def test_a_mac_keeps_a_reserve_and_says_so() -> None:
     mac = on(64)
     assert mac.usable == pytest.approx(0.74 * 64 * GIB)
@@ -187,7 +194,7 @@ def test_command_prints_parts_and_verdict(capsys: pytest.CaptureFixture, monkeyp
         assert word in said
     assert cli.main(["plan", config, "--chip", "m4-max", "--memory", "16GB"]) == 1
     assert "verdict: use a larger machine" in capsys.readouterr().out
-    assert cli.main(["plan", config, "--chip", "m9", "--memory", "16GB"]) == 2
+    assert cli.main(["plan", config, "--chip", "n9", "--memory", "16GB"]) == 2
 
 
 def test_a_plan_imports_no_torch() -> None:

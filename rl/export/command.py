@@ -133,7 +133,8 @@ def _check_asked(asked: Asked, repo: str | None, private: bool, dry_run: bool) -
         raise UserError("--dtype bfloat16 with --to gguf: valid: float16, float32, or --quantize 8")
     if asked.target == "hub":
         if repo is None or not HUB_ID.fullmatch(repo):
-            raise UserError(f"--repo: found {repo!r}, valid: USER/NAME, the model's id on the hub")
+            found = "missing" if repo is None else f"found {repo!r}"
+            raise UserError(f"--repo: {found}, valid: USER/NAME, the model's id on the hub")
     elif repo is not None or private or dry_run:
         raise UserError(f"--repo, --private, --dry-run are of --to hub, found --to {asked.target}")
 
