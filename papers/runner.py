@@ -307,16 +307,21 @@ def _signal(child: _Child, number: int) -> None:
 
 @contextmanager
 def _terminated_as_interrupted() -> Iterator[None]:
-    """A time limit's SIGTERM ends the runner as Ctrl-C does: children save."""
+    """A time limit's SIGTERM ends the runner as Ctrl-C does: children save.
+
+    A shell without a terminal lets what it starts with `&` ignore SIGINT, and children would inherit that and be deaf
+    when they are asked to save: here they are not.
+    """
 
     def raise_(number: int, frame: object) -> None:
         raise KeyboardInterrupt
 
-    old = signal.signal(signal.SIGTERM, raise_)
+    old = {number: signal.signal(number, raise_) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, old)
+        for number, handler in old.items():
+            signal.signal(number, handler)
 
 
 def _say(text: str) -> None:

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -92,11 +93,15 @@ def test_what_a_failed_run_would_have_made_is_not_tried(root: Path) -> None:
     assert not (root / "said" / "some.grpo-seed0.json").exists()
 
 
-def test_at_the_end_of_its_time_children_save(root: Path) -> None:
-    """Trap: a child that is killed instead of asked loses all since its last checkpoint."""
+@pytest.mark.parametrize("before", [signal.default_int_handler, signal.SIG_IGN])
+def test_at_the_end_of_its_time_children_save(root: Path, before: signal.Handlers) -> None:
+    """Traps: a child that is killed instead of asked loses all since its last checkpoint; and one of a runner that was
+    started with `&` inherits that Ctrl-C is ignored, and cannot be asked."""
+    old = signal.signal(signal.SIGINT, before)
     (root / "linger-some.grpo-seed0").touch()
     with pytest.raises(RunFailed, match="time is up: 1 runs are left"):
         runner.make(load(root), root, runner.Settings(jobs=2, threads=1, budget=2.0))
+    assert signal.signal(signal.SIGINT, old) is before
     assert (root / "said" / "some.grpo-seed0.saved").exists()
     assert said(root, "some.grpo-seed1")
 
