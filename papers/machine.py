@@ -50,6 +50,14 @@ def bind(process: int, group: Sequence[int]) -> None:
             os.sched_setaffinity(process, group)
 
 
+def cards() -> list[str]:
+    """The NVIDIA cards this process may use, as CUDA_VISIBLE_DEVICES names them; none where there is none."""
+    given = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if given is not None:
+        return [one.strip() for one in given.split(",") if one.strip()]
+    return [str(number) for number in range(len(_gpus()))]
+
+
 def _cpu() -> str:
     path = Path("/proc/cpuinfo")
     if path.is_file():
@@ -64,13 +72,15 @@ def _cpu() -> str:
 
 
 def _gpu() -> str | None:
-    if shutil.which("nvidia-smi") is None:
-        return None
-    names = [
-        name.strip() for name in (_said("nvidia-smi", "--query-gpu=name", "--format=csv,noheader") or "").split("\n")
-    ]
-    names = [name for name in names if name]
+    names = _gpus()
     return None if not names else names[0] if len(names) == 1 else f"{len(names)} × {names[0]}"
+
+
+def _gpus() -> list[str]:
+    if shutil.which("nvidia-smi") is None:
+        return []
+    said = _said("nvidia-smi", "--query-gpu=name", "--format=csv,noheader") or ""
+    return [name.strip() for name in said.split("\n") if name.strip()]
 
 
 def _said(*command: str) -> str | None:

@@ -1,4 +1,5 @@
 """`python -m papers run`: make a study's missing runs, several at a time, each on cores of its own, in bounded time.
+Where there are several cards, the runs at once take them in turn.
 
 Every run is `python -m rl train` in a child process. What is finished is reused, what was cut short goes on from its
 checkpoint; a run starts when those it builds on are done. Interrupted, or at the end of its time, the runner asks its
@@ -59,6 +60,7 @@ class _State:
 
     known: Mapping[str, Kept] = field(default_factory=dict)
     weights: Mapping[str, str] = field(default_factory=dict)  # sha256 of known results' weights
+    cards: Sequence[str] = ()
     done: set[str] = field(default_factory=set)
     failed: dict[str, str] = field(default_factory=dict)
     running: dict[str, _Child] = field(default_factory=dict)
@@ -88,7 +90,7 @@ def make(
         by_name = {job.name: job for job in jobs}
     about = {**machine.describe(), "slots": len(groups), "cores_a_run": len(groups[0]), "lock": plans.locked(root)}
     ready = results.here(jobs, study, root, settings.quick, known)
-    state = _State(known=known, weights=results.weights(list(by_name.values()), known))
+    state = _State(known=known, weights=results.weights(list(by_name.values()), known), cards=machine.cards())
     began = time.monotonic()
     _say(f"{study.slug}: {len(jobs)} runs, {len(ready)} finished already; {len(groups)} at a time on "
          f"{len(groups[0])} cores each; {machine.in_words(about)}")  # fmt: skip
@@ -201,6 +203,8 @@ def _start(
     where = plans.folder(study, root, settings.quick)
     path = plans.write(job, where, root, by_name, results.max_steps(job, root, settings.quick, state.known))
     environment = {**os.environ, "TOKENIZERS_PARALLELISM": "false", **dict.fromkeys(THREADS, str(len(group)))}
+    if len(state.cards) > 1:  # each run sees one card, or all would take the first
+        environment["CUDA_VISIBLE_DEVICES"] = state.cards[slot % len(state.cards)]
     log = where / "logs" / f"{job.stem}.log"
     log.parent.mkdir(parents=True, exist_ok=True)
     relative = path.relative_to(root) if path.is_relative_to(root) else path

@@ -34,6 +34,7 @@ import json, os, pathlib, sys, time, tomllib
 config = tomllib.loads(pathlib.Path(sys.argv[2]).read_text())
 name = config["run"]["name"]
 said = {"args": sys.argv[3:], "cores": sorted(os.sched_getaffinity(0)), "threads": os.environ["OMP_NUM_THREADS"]}
+said |= {"card": os.environ.get("CUDA_VISIBLE_DEVICES")}
 said |= {"began": time.monotonic(), "config": config}
 pathlib.Path("said").mkdir(exist_ok=True)
 try:
@@ -83,6 +84,16 @@ def test_children_start_when_their_parent_is_done_each_on_its_cores(root: Path) 
     about = json.loads((out / "some.grpo-seed1" / "machine.json").read_text())
     assert about["cores_a_run"] == 1
     assert about["lock"] == jobs.locked(root)
+
+
+def test_runs_at_once_take_the_cards_in_turn(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Trap: two runs on the first card, none on the second."""
+    monkeypatch.setattr(machine, "cores", lambda: [0, 0])
+    for given, wanted in (("2,5", {"2", "5"}), ("3", {"3"})):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", given)
+        shutil.rmtree(root / "models", ignore_errors=True)
+        assert runner.make(load(root), root, runner.Settings(jobs=2, threads=1)) == {}
+        assert {said(root, f"some.{stem}")["card"] for stem in ("grpo-seed0", "grpo-seed1")} == wanted
 
 
 def test_what_a_failed_run_would_have_made_is_not_tried(root: Path) -> None:
