@@ -15,7 +15,7 @@ import mlx.core as mx  # isort: skip
 import mlx.nn as nn
 
 from rl import config, models
-from rl.rollouts import bench, device, fused, load, parity, quantized, sampling, sync
+from rl.rollouts import attention, bench, device, fused, load, parity, quantized, sampling, sync
 from rl.rollouts.engine import Engine
 from rl.rollouts.result import Sampling
 
@@ -27,6 +27,7 @@ def as_on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     """Samplers are fused, and attention is taken apart, as where launches are the floor."""
     monkeypatch.setattr(device, "fuses_products", lambda: True)
     monkeypatch.setattr(device, "masks_fused_attention", lambda: False)
+    monkeypatch.setattr(attention, "kernel_works", lambda: False)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -129,3 +130,37 @@ def test_a_step_has_fewer_operations(tiny_base: models.Base, as_on_cuda: None) -
     assert without >= 4 * layers
     assert bench.launches(plain, 4) - bench.launches(one.model, 4) - without == (28 - 8) * LORA.layers
     assert torch.isfinite(torch.tensor(parity.compare(policy, one.model, parity.probe(VOCABULARY)).mean))
+
+
+@pytest.mark.parametrize("off", [0.0, 1e-3, float("nan")])
+def test_the_attention_kernel_is_used_where_it_is_right(off: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Trap: a kernel for a machine that no test has would sample from another policy without a word."""
+    monkeypatch.setattr(device, "masks_fused_attention", lambda: False)
+    attention.kernel_works.cache_clear()
+    calls = []
+
+    def kernel(*inputs: Any) -> mx.array:
+        calls.append(inputs)
+        return attention.plain(*inputs) + off
+
+    monkeypatch.setattr(attention, "_kernel", kernel)
+    try:
+        queries, mask = mx.random.normal((2, 4, 1, 32)), mx.array([[True, False, True], [False, True, True]])[:, None]
+        keys, values = mx.random.normal((2, 2, 3, 32)), mx.random.normal((2, 2, 3, 32))
+        found = attention.one_query(queries, keys, values, 0.2, mask)
+        weights = np.array(queries).reshape(2, 2, 2, 32) @ np.array(keys).transpose(0, 1, 3, 2) * 0.2
+        weights = np.exp(weights) * np.array(mask)[:, :, None]
+        expected = weights / weights.sum(-1, keepdims=True) @ np.array(values)
+        np.testing.assert_allclose(np.array(found), expected.reshape(2, 4, 1, 32), atol=1e-5)
+        assert len(calls) == (2 if off == 0.0 else 1)  # once to try it, and for the queries if it was right
+    finally:
+        attention.kernel_works.cache_clear()
+
+
+def test_without_the_kernel_s_backend_decoding_goes_on(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    attention.kernel_works.cache_clear()
+    assert not attention.kernel_works()  # mlx's CPU wheel has no cuda_kernel
+    assert "goes on without the fused attention kernel" in caplog.text
+    attention.kernel_works.cache_clear()

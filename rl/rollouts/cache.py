@@ -16,7 +16,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from rl.rollouts import device
+from rl.rollouts import attention
 from rl.rollouts.forward import Prefilled
 
 RING_STEP = 64  # a ring starts with so many columns and grows as it is used
@@ -232,14 +232,7 @@ class Joined:
         """As `Grouped.attend`; `column` counts from the prompt's first."""
         own_k, own_v = _put(arrays["own"], layer, keys, values, column)
         used = mask.shape[-1]
-        own_k, own_v = own_k[:, :, :used], own_v[:, :, :used]
-        if device.masks_fused_attention():
-            return mx.fast.scaled_dot_product_attention(queries, own_k, own_v, scale=scale, mask=mask[:, None])
-        rows, heads, _, width = queries.shape
-        queries = (queries * scale).reshape(rows, own_k.shape[1], -1, width)
-        scores = queries @ own_k.swapaxes(-1, -2)
-        scores = mx.where(mask[:, None], scores, mx.finfo(scores.dtype).min)
-        return (mx.softmax(scores, axis=-1, precise=True) @ own_v).reshape(rows, heads, 1, width)
+        return attention.one_query(queries, own_k[:, :, :used], own_v[:, :, :used], scale, mask)
 
 
 def masks(

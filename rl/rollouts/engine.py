@@ -13,7 +13,7 @@ import mlx.core as mx
 import numpy as np
 
 from rl.errors import UserError
-from rl.rollouts import cache, device, fused
+from rl.rollouts import attention, cache, device, fused
 from rl.rollouts.forward import head, hidden_states, prefill, prefill_last
 from rl.rollouts.result import Completion, Sampling, Totals
 from rl.rollouts.sampling import sample, uniforms_for
@@ -51,6 +51,8 @@ class Engine:
         self.context = context
         self.stop, self.decode = tuple(stop), decode
         self.layout = cache.Grouped if (device.groups_share_keys() if grouped is None else grouped) else cache.Joined
+        if self.layout is cache.Joined:
+            attention.prepare()
         self.compiled = device.compiles_steps() if compiled is None else compiled
         self.look_every = device.steps_between_syncs()
         self.steps: dict[tuple, Callable[..., Any]] = {}  # compiled steps by what they are compiled for
