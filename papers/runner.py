@@ -95,7 +95,9 @@ def make(
     _say(f"{study.slug}: {len(jobs)} runs, {len(ready)} finished already; {len(groups)} at a time on "
          f"{len(groups[0])} cores each; {machine.in_words(about)}")  # fmt: skip
     for job in jobs:
-        if job.name in ready:
+        if job.name in ready:  # its config too: others name it, and build/ may be gone or of another machine
+            more = results.max_steps(job, root, settings.quick, known)
+            plans.write(job, plans.folder(study, root, settings.quick), root, by_name, more)
             _finished(root, job, state, settings, about)
     cut = False
     try:

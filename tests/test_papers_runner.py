@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from papers import jobs, machine, runner, study
+from papers import jobs, machine, results, runner, study
 from rl import files
 from rl.errors import RunFailed, UserError
 from tests import papers_helper
@@ -155,6 +155,14 @@ def test_a_start_that_comes_out_otherwise_stops_what_builds_on_it(root: Path) ->
     failed = runner.make(one, root, runner.Settings(threads=1), wanted, known)
     assert "not those that the study's results went on from" in failed["some.start-seed0"]
     assert failed["some.grpo-seed1"] == "some.start-seed0, which it needs, failed"
+
+
+def test_a_parent_that_is_there_is_found_where_build_is_not(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Trap: models/final brought from another machine, and children look for their parent's config in build/."""
+    (root / "models" / "final" / "some.start-seed0").mkdir(parents=True)
+    monkeypatch.setattr(results, "here", lambda *given: {"some.start-seed0": None})
+    assert runner.make(load(root), root, runner.Settings(threads=1), ["some.grpo-seed1"]) == {}
+    assert [path.stem for path in (root / "said").iterdir()] == ["some.grpo-seed1"]
 
 
 def test_cores_are_dealt_out_once() -> None:
