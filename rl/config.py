@@ -206,6 +206,12 @@ class Rollout:
         default_factory=dict, metadata=about("arguments of the environment's constructor")
     )
     max_turns: int = key("with tools: times the policy speaks, at most; the last turn's call is not made", 4, least=2)
+    max_turn_length: int | None = key(
+        "with tools: tokens the policy may say in one turn, a call whole; unset = all that is left of "
+        "max_completion_length",
+        None,
+        least=1,
+    )
     tool_timeout_s: float = key(
         "with tools: seconds a call may take; one that hangs costs its sample only", 5.0, above=0
     )

@@ -21,7 +21,12 @@ def check(config: Config, source: Source) -> None:
     asked = "tools" if rollout.tools else "environment"
     _check_environment(config, source)
     if not rollout.tools and rollout.environment is None:
+        if rollout.max_turn_length is not None:
+            raise source.error(("rollout", "max_turn_length"), "only with [rollout] tools or environment")
         return
+    if (turn := rollout.max_turn_length) is not None and turn > rollout.max_completion_length:
+        valid = f"valid: up to [rollout] max_completion_length = {rollout.max_completion_length}"
+        raise source.error(("rollout", "max_turn_length"), f"found {turn}, {valid}")
     if config.trainer.algorithm not in ALGORITHMS:
         found = f"found for algorithm '{config.trainer.algorithm}', valid for: {', '.join(ALGORITHMS)}"
         raise source.error(("rollout", asked), found)

@@ -145,5 +145,5 @@ def test_the_reference_of_keys_in_configs_readme_is_the_one_in_the_code() -> Non
 
 def test_every_key_says_what_it_means() -> None:
     rows = re.findall(r"^\| `(\w+)` \|.*\| (.*) \|$", describe(), flags=re.MULTILINE)
-    assert len(rows) == 81
+    assert len(rows) == 82
     assert all(len(meaning) >= 5 for _, meaning in rows)

@@ -13,7 +13,7 @@ from rl import measure, models
 from rl.algorithms import dynamic_sampling, global_advantages, tool_turns
 from rl.rollouts.result import GREEDY
 from rl.tools import play
-from rl.tools.toolbox import episode_seed
+from rl.tools.toolbox import TURN, episode_seed
 from tests import tools_helper
 from tests.online_helper import inputs
 from tests.tools_helper import make_job, resolve_ascii, trainer_of
@@ -114,7 +114,7 @@ def test_turns_draw_from_their_own_streams_within_what_is_left(ascii_base: model
     assert step_0 != step_1
     shortest = min(len(t) - len("<eos>") * t.count("<eos>") for t in texts)
     assert second < 64
-    assert second % play.TURN == 0
+    assert second % TURN == 0
     assert shortest  # the texts hold the history
     assert all(t.endswith("assistant\n") and "\ntool\n" in t for t in texts)
 
@@ -194,8 +194,17 @@ def test_an_environment_that_hangs_is_left_out_and_replaced(ascii_base: models.B
 
 
 @pytest.mark.parametrize(
-    ("length", "turns"),
-    [(120, 3), (120, 2), (60, 3), (55, 3), (40, 3), (20, 3)],
+    ("length", "turns", "turn_length"),
+    [
+        (120, 3, None),
+        (120, 2, None),
+        (60, 3, None),
+        (55, 3, None),
+        (40, 3, None),
+        (20, 3, None),
+        (120, 3, 36),
+        (120, 3, 9),
+    ],
     ids=[
         "whole",
         "fewer turns",
@@ -203,9 +212,13 @@ def test_an_environment_that_hangs_is_left_out_and_replaced(ascii_base: models.B
         "no room for the answer",
         "no room for the result",
         "cut at once",
+        "a call fills its turn",
+        "no room for a call in a turn",
     ],
 )
-def test_measuring_plays_what_trl_plays(ascii_base: models.Base, tmp_path: Path, length: int, turns: int) -> None:
+def test_measuring_plays_what_trl_plays(
+    ascii_base: models.Base, tmp_path: Path, length: int, turns: int, turn_length: int | None
+) -> None:
     """Before and after are only comparable with training when the loop is the same, to the token."""
 
     def script(question: str, turn: int) -> str:
@@ -213,7 +226,7 @@ def test_measuring_plays_what_trl_plays(ascii_base: models.Base, tmp_path: Path,
             return f"so [slow_calculator expression={question}]<eos>" if turn == 0 else "[nothing x=1]<eos>"
         return "7<eos>"
 
-    rollout = {"max_completion_length": length, "max_turns": turns}
+    rollout = {"max_completion_length": length, "max_turns": turns, "max_turn_length": turn_length}
     job = make_job(ascii_base, tmp_path, script, [("3+4", "7"), ("raise", "1")], rollout=rollout)
     trainer = trainer_of(job)
     rows = inputs(job, 2)
@@ -226,6 +239,9 @@ def test_measuring_plays_what_trl_plays(ascii_base: models.Base, tmp_path: Path,
     assert [e.mask for e in episodes] == mask
     assert [e.messages for e in episodes] == messages
     assert max(map(len, completions)) <= length
+    if turn_length is not None:
+        assert all(most == turn_length for _, most, _ in job.sampler.calls)
+        assert {any(m["role"] == "tool" for m in said) for said in messages} == {turn_length == 36}
 
 
 def test_the_held_out_check_grades_what_the_policy_says_last(ascii_base: models.Base, tmp_path: Path) -> None:

@@ -141,10 +141,13 @@ def test_games_are_split_without_a_game_on_both_sides(tmp_path: Path) -> None:
 
 
 def test_arithmetic_shots_show_how_the_calculator_is_called(tmp_path: Path) -> None:
-    row = arithmetic.rows(load(write(tmp_path, TOOLS)))[0][0]
+    train, heldout = arithmetic.rows(load(write(tmp_path, TOOLS)))
+    row = train[0]
     assert [m["role"] for m in row["prompt"]] == ["user", "assistant", "tool", "assistant", "user"]
     call = row["prompt"][1]["tool_calls"][0]["function"]
     assert calculator(**call["arguments"]) == row["prompt"][2]["content"] == row["prompt"][3]["content"]
+    assert call["arguments"] == {"expression": "12 + 34"}  # after 1 + 2 the start hardly ever calls
+    assert not {"12+34", "34+12"} & {r["id"] for r in train + heldout}
 
 
 def test_only_the_last_words_of_an_episode_are_its_answer() -> None:
@@ -278,6 +281,12 @@ def test_what_is_no_environment_is_one_clear_line(
         (TOOLS, "data.form=plain", "[data] form: found 'plain' with [rollout] tools"),
         (TOOLS, "rollout.max_turns=1", "max_turns"),
         (TOOLS, "rollout.tool_timeout_s=0", "tool_timeout_s"),
+        (TOOLS, "rollout.max_turn_length=9999", "found 9999, valid: up to [rollout] max_completion_length"),
+        (
+            TOOLS.replace('tools = ["rl.tools:calculator"]\n', ""),
+            "rollout.max_turn_length=8",
+            "only with [rollout] tools",
+        ),
         (TOOLS, "trainer.max_tool_calling_iterations=3", "it belongs in [rollout] max_turns"),
         (TOOLS, "reward.0.name=environment", "found 'environment', valid: with [rollout] environment"),
         (

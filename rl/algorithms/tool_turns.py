@@ -21,7 +21,6 @@ from trl.chat_template_utils import (
 )
 
 from rl.errors import UserError
-from rl.tools.play import turn_length
 from rl.tools.templates import CHAT_TEMPLATE, response_template
 from rl.tools.toolbox import Toolbox, episode_seed
 
@@ -115,7 +114,7 @@ class Turns:
         # of a row's prompt only the longest is known here: too long a turn is cut by TRL, none is too short
         left = max(most - (len(ids) - self.longest_prompt) for ids in prompt_ids)
         room = self.model.config.max_position_embeddings - longest
-        generation.max_tokens = max(1, min(turn_length(max(1, left), most), room))
+        generation.max_tokens = max(1, min(self.job.toolbox.room(max(1, left), most), room))
         try:
             return super()._generate_single_turn(prompt_ids, *args, **kwargs)
         finally:

@@ -14,6 +14,9 @@ if TYPE_CHECKING:
 
 Pair = tuple[int, int]
 SHOTS: tuple[Pair, ...] = ((1, 2), (5, 4), (8, 3), (2, 6), (7, 1), (3, 9), (6, 0), (9, 8))
+# where the shots call the calculator: problems worth a call. After one of these SmolLM2 calls in one of seven samples,
+# after 1 * 2 in one of thirty
+CALLED: tuple[Pair, ...] = ((12, 34), (57, 24), (81, 46), (63, 18), (29, 75), (94, 52), (38, 67), (45, 91))
 CALCULATOR = "rl.tools:calculator"  # with this tool the shots show how it is called
 MOST = 4_000_000  # all problems are listed, in memory
 _OPERATIONS = {"+": operator.add, "-": operator.sub, "*": operator.mul}
@@ -33,7 +36,8 @@ def rows(config: "Config") -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     if (data.max_a + 1) * (data.max_b + 1) > MOST:
         raise UserError(f"{where} max_a = {data.max_a}, max_b = {data.max_b}: more than {MOST} problems, lower them")
 
-    shots = SHOTS[: data.shots]
+    calls = data.form == "chat" and CALCULATOR in config.rollout.tools
+    shots = (CALLED if calls else SHOTS)[: data.shots]
     shown = {_unordered(pair) for pair in shots}
     groups: dict[Pair, list[Pair]] = {}
     for pair in itertools.product(range(data.max_a + 1), range(data.max_b + 1)):
@@ -58,7 +62,6 @@ def rows(config: "Config") -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     heldout = heldout[:size]
     rng.shuffle(heldout)
     rng.shuffle(train)
-    calls = data.form == "chat" and CALCULATOR in config.rollout.tools
     return [_row(p, data, shots, calls) for p in train[: data.train_size]], [
         _row(p, data, shots, calls) for p in heldout
     ]

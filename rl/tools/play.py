@@ -13,9 +13,6 @@ from rl.rollouts.result import Sampling
 from rl.tools.calls import Seat
 from rl.tools.toolbox import Toolbox, episode_seed
 
-# lengths of later turns are rounded up to these, so that a sampler that compiles meets few sizes
-TURN = 16
-
 
 @dataclass
 class Episode:
@@ -54,7 +51,7 @@ def play(
             going = [episode for episode in going if episode.going]
             if not going:
                 break
-        room = turn_length(max(max_tokens - len(e.completion) for e in going), max_tokens)
+        room = box.room(max(max_tokens - len(e.completion) for e in going), max_tokens)
         prompts = [e.prompt + e.completion for e in going]
         if context is not None:
             room = max(1, min(room, context - max(map(len, prompts))))
@@ -62,11 +59,6 @@ def play(
         for episode, completion in zip(going, said, strict=True):
             _hear(tokenizer, episode, completion.tokens[: max_tokens - len(episode.completion)], described)
     return episodes
-
-
-def turn_length(left: int, most: int) -> int:
-    """`left` rounded up to a multiple of TURN, at most `most`."""
-    return min(most, -(-left // TURN) * TURN)
 
 
 def prompt_with_tools(tokenizer: Any, prompt: list[dict[str, Any]], described: Sequence[Any]) -> list[int]:

@@ -16,6 +16,9 @@ from rl.tools.signatures import SHAPE, problem
 if TYPE_CHECKING:
     from rl.config import Config
 
+# lengths of later turns are rounded up to these, so that a sampler that compiles meets few sizes
+TURN = 16
+
 
 @dataclass
 class Toolbox:
@@ -23,6 +26,7 @@ class Toolbox:
 
     runner: Runner
     max_turns: int
+    max_turn: int | None = None  # tokens of one turn
     functions: list[Callable[..., str]] = field(default_factory=list)
     seat: type[Seat] | None = None
 
@@ -33,6 +37,11 @@ class Toolbox:
         probe = self.seat()
         return [*self.functions, *(getattr(probe, name) for name in tool_methods(self.seat))]
 
+    def room(self, left: int, most: int) -> int:
+        """Tokens to sample in a turn when `left` of `most` are left of the episode."""
+        room = turn_length(left, most)
+        return room if self.max_turn is None else min(room, self.max_turn)
+
     def names(self) -> list[str]:
         """Names of all tools."""
         return [tool.__name__ for tool in self.callables()]
@@ -41,6 +50,11 @@ class Toolbox:
         """Name -> tool of one episode."""
         methods = [] if seat is None else [getattr(seat, name) for name in tool_methods(type(seat))]
         return {tool.__name__: tool for tool in (*self.functions, *methods)}
+
+
+def turn_length(left: int, most: int) -> int:
+    """`left` rounded up to a multiple of TURN, at most `most`."""
+    return min(most, -(-left // TURN) * TURN)
 
 
 def wanted(config: "Config") -> bool:
@@ -60,7 +74,7 @@ def build(config: "Config") -> Toolbox | None:
         cls = environment_class(config)
         make = environment_maker(config)
         seat = seat_class(cls, make, runner)
-    box = Toolbox(runner, rollout.max_turns, functions, seat)
+    box = Toolbox(runner, rollout.max_turns, rollout.max_turn_length, functions, seat)
     names = box.names()
     if double := next((name for name in names if names.count(name) > 1), None):
         raise UserError(f"{where} tools: two are called '{double}'; the model could not tell them apart")
