@@ -11,6 +11,7 @@ from plan_helper import TINY, config_file
 
 from rl import config as configs
 from rl.plan import architecture, machine, memory, table, workload
+from rl.plan.cases import LARGE, Case
 
 ROOT = Path(__file__).resolve().parent.parent
 TARGETS = configs.Lora().targets
@@ -211,7 +212,6 @@ def test_cases_are_recorded_as_they_end_and_none_begins_that_would_end_too_late(
     from types import SimpleNamespace
 
     from rl.plan import measure
-    from rl.plan.cases import Case
 
     small = ("qwen3", 64, 96, 2, 4, 2, 16, 150, True, 512)
     monkeypatch.setitem(architecture.KNOWN, "any/small", small)
@@ -228,3 +228,47 @@ def test_cases_are_recorded_as_they_end_and_none_begins_that_would_end_too_late(
     assert min(checked.measured) > 0
     assert checked.parameters == architecture.known("any/small").parameters
     assert json.loads((tmp_path / "out" / "cpu-first.json").read_text())["longest_completion"] == 6
+
+
+def test_a_case_that_takes_too_long_is_given_up_on_and_the_next_one_begins(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Trap: one that hangs takes the time of all others; what was recorded before it stays."""
+    import signal
+    import time
+
+    from rl.errors import RunFailed
+    from rl.plan import measure
+
+    def slow(case: Case, *_: object) -> dict:
+        if case.name == "1m-lora-grpo":
+            time.sleep(60)
+        return {"peaks": {}}
+
+    monkeypatch.setattr(measure, "LONGEST", 0.2)
+    monkeypatch.setattr(measure, "measure", slow)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(RunFailed, match=r"not measured: 1m-lora-grpo \(TimeoutError: took more than 0.2 s\)"):
+        measure.main(["1m-full-grpo", "1m-lora-grpo", "1m-full-sft"], Path("out"))
+    assert sorted(path.name.partition("-")[2] for path in (tmp_path / "out").iterdir()) == [
+        "1m-full-grpo.json",
+        "1m-full-sft.json",
+    ]
+    assert signal.getsignal(signal.SIGALRM) is signal.SIG_DFL
+    assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
+
+
+def test_scores_on_a_gpu_are_those_of_the_passes_without_a_mask() -> None:
+    """Trap: prompts read once see only themselves, and the completions behind them have a mask and a fused kernel: all
+    scores of all rows would make 135M with 512 tokens a third larger than it is."""
+    work = table.standard("LoRA", 8)
+    work = replace(work, checkpointing=False, rows=32, prompts=16, prompt=256, prefix=0, completion=256, length=512)
+    assert memory._scores(work, "mps") == 32 * 512**2
+    assert memory._scores(work, "cuda") == 16 * 256**2
+    assert memory._scores(replace(work, prefix=100), "cuda") == 100**2  # what all prompts share goes first, once
+    assert memory._scores(replace(work, prompts=0), "cuda") == 32 * 512**2
+    assert memory._scores(replace(work, checkpointing=True), "cuda") == 32 * 512**2
+
+
+def test_a_gpu_measures_first_what_nothing_else_can() -> None:
+    assert [case.method for case in LARGE[:3]] == ["q4"] * 3

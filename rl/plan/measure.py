@@ -13,10 +13,12 @@ import json
 import os
 import random
 import shutil
+import signal
 import tempfile
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -35,6 +37,7 @@ if TYPE_CHECKING:
     from rl.config import Config
 
 ALPHABET = "".join(chr(c) for c in range(32, 127) if chr(c) not in '"\\')
+LONGEST = 180.0  # seconds of a case: some five times what the slowest should take on a GPU
 STEPS = 2  # the optimizer's states are there from the second on
 LORA = {"rank": 16, "alpha": 32.0}
 BLOCK = 1_000_003  # numbers; no multiple of any width, so that rows differ
@@ -86,7 +89,7 @@ class Tracker(TorchDispatchMode):
 def main(names: list[str], out: Path, budget: float | None = None) -> int:
     """Measure the cases of these names (all that suit the device where none is given), one after the other, and write
     `out`/<device>-<name>.json as each ends. With a `budget` in seconds a case begins only while the longest so far
-    would still end within it; the cases stand in order of value.
+    would still end within it; the cases stand in order of value. A case of more than LONGEST seconds is given up on.
 
     Raises UserError for a name that is none, RunFailed where a case failed or none was measured.
     """
@@ -109,7 +112,8 @@ def main(names: list[str], out: Path, budget: float | None = None) -> int:
             folder.mkdir()
             os.chdir(folder)  # runs write below the working directory
             try:
-                record = measure(known[name], folder, device, Path(shared, "bases"))
+                with bounded(LONGEST):
+                    record = measure(known[name], folder, device, Path(shared, "bases"))
             except Exception as error:  # a case that does not fit the machine must not take the others with it
                 failed.append(f"{name} ({type(error).__name__}: {error!s:.120})")
                 print(f"{name}: failed, {type(error).__name__}: {error!s:.200}", flush=True)
@@ -123,6 +127,22 @@ def main(names: list[str], out: Path, budget: float | None = None) -> int:
     if failed:
         raise RunFailed(f"not measured: {'; '.join(failed)}")
     return 0
+
+
+@contextmanager
+def bounded(seconds: float) -> Iterator[None]:
+    """Raise TimeoutError in the block once it has run for `seconds`: the other cases want their time too."""
+
+    def late(_number: int, _frame: Any) -> None:
+        raise TimeoutError(f"took more than {seconds:g} s")
+
+    before = signal.signal(signal.SIGALRM, late)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def measure(case: Case, folder: Path, device: str, bases: Path) -> dict[str, Any]:

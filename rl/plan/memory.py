@@ -166,11 +166,11 @@ def _layer_saved(shape: Architecture, work: Workload, device: Device) -> tuple[f
     full = 2 * (d + normed)  # the inputs of the two norms
     if gemma:  # norms behind attention and feed-forward too, computed in float32
         full += 2 * (d + normed)
-    heads = shape.heads
+    heads: float = shape.heads
     if shape.qk_norm:
         full += (q + k) * (2 if whole else 1)
     if _math_attention(shape, work, device):
-        heads += shape.heads * work.length  # softmax's output is kept
+        heads += shape.heads * _scores(work, device) / _tokens(work)  # softmax's output is kept
     inner = 4 * q + 4 * i  # queries, keys and values repeated for every head, output; gate, its activation, up, product
     casts = 2 * d  # the two inputs of linears
     ranks = 0.0
@@ -188,6 +188,15 @@ def _math_attention(shape: Architecture, work: Workload, device: Device) -> bool
     padded (its fused kernels for shared keys are for half precision, and transformers repeats keys under a mask only).
     """
     return device == "mps" or (device == "cuda" and shape.kv_heads != shape.heads and not work.autocast)
+
+
+def _scores(work: Workload, device: Device) -> float:
+    """Scores of one head that the math path makes of a micro-batch: all of them on MPS; on CUDA those of a pass whose
+    tokens see no earlier pass's, since a pass that does has a mask, and with it a fused kernel.
+    """
+    if device != "cuda" or not work.prompts or work.checkpointing:
+        return work.rows * work.length**2
+    return work.prefix**2 if work.prefix >= SHORTEST_PREFIX else work.prompts * work.prompt**2
 
 
 def _activations(shape: Architecture, work: Workload, device: Device) -> float:
@@ -216,7 +225,7 @@ def _layer_backward(shape: Architecture, work: Workload, device: Device) -> floa
     tokens = _tokens(work)
     passing = tokens * (3 * shape.intermediate + 2 * shape.hidden) * FLOAT
     if _math_attention(shape, work, device):
-        passing = max(passing, 2.0 * work.rows * shape.heads * work.length**2 * FLOAT)
+        passing = max(passing, 2.0 * shape.heads * _scores(work, device) * FLOAT)
     if work.checkpointing:
         passing += tokens * _layer_saved(shape, work, device)[0]
     if holds_codes(work, device):
