@@ -248,7 +248,8 @@ def _note(
         _finished(root, child.job, state, settings, about)
         how = f"finished in {took:.0f} s"
     elif code == 130:
-        how = f"stopped after {took:.0f} s, its checkpoint kept"
+        point = checkpoints.last_checkpoint(root / "models" / "checkpoints" / name)
+        how = f"stopped after {took:.0f} s, " + ("its checkpoint kept" if point else "before its first checkpoint")
     else:
         lines = [line for line in child.log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
         state.failed[name] = f"exit {code}: {lines[-1].strip()[:300] if lines else 'no output'}"
