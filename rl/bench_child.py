@@ -1,12 +1,13 @@
 """`python -m rl.bench_child JOB`: one contestant of the peers' bench in a process of its own.
 
 JOB is a JSON file of `rl.bench_peers`. A peer's steps go to `rows.jsonl` beside it as they are done; this project's run
-writes its own metrics. `memory.json` follows at the end.
+writes its own metrics. `memory.json` is kept up to date, so that one which is stopped has told its peak too.
 """
 
 import json
 import os
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +19,7 @@ from rl.config import load
 from rl.errors import UserError
 
 OURS = "this project"
+EVERY_S = 1.0
 
 
 def differing(prompts: list[str], completions: list[str], **_: Any) -> list[float]:
@@ -31,6 +33,9 @@ def main(path: Path) -> int:
     began = time.monotonic()
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     config = load(Path(job["config"]), job["overrides"])
+    done = threading.Event()
+    watching = threading.Thread(target=watch, args=(path.with_name("memory.json"), done), daemon=True)
+    watching.start()
     if job["name"] == OURS:
         import rl.train
 
@@ -39,7 +44,8 @@ def main(path: Path) -> int:
         sys.path.append(job["peers_path"])  # last: what both have is this project's
         _peer(job, config, path.with_name("rows.jsonl"), began)
         code = 0
-    files.write_json(path.with_name("memory.json"), _memory(job["name"] == OURS))
+    done.set()  # two writers of one file would take each other's away
+    watching.join()
     return code
 
 
@@ -69,15 +75,25 @@ def _peer(job: dict[str, Any], config: Any, out: Path, began: float) -> None:
     drive(work, reward, done, out.parent)
 
 
-def _memory(torch_too: bool) -> dict[str, int]:
-    """Peak bytes: the process's resident size, and what its allocators gave on the device, torch's and MLX's added."""
-    from rl.rollouts import device as mlx_device
+def watch(path: Path, done: threading.Event) -> None:
+    """Keep `memory()` in `path`, until `done`, and what it is then."""
+    files.write_json(path, memory())
+    while not done.wait(EVERY_S):
+        files.write_json(path, memory())
+    files.write_json(path, memory())
 
-    found = {"resident": devices.memory_bytes("cpu"), "allocated": mlx_device.peak_memory_bytes()}
-    if torch_too:
-        import torch
 
-        if torch.cuda.is_available():
+def memory() -> dict[str, int]:
+    """Peak bytes so far: the process's resident size; on CUDA also what its allocators gave, torch's and MLX's added.
+
+    The two peaks need not have been at one time, so the sum is at least what was held. On a CPU torch keeps no count,
+    and MLX's alone would make a trainer in torch look small.
+    """
+    found = {"resident": devices.memory_bytes("cpu")}
+    mlx, torch = sys.modules.get("mlx.core"), sys.modules.get("torch")
+    if hasattr(mlx, "cuda") and hasattr(mlx, "get_peak_memory") and mlx.cuda.is_available():
+        found["allocated"] = int(mlx.get_peak_memory())
+        if hasattr(torch, "cuda") and torch.cuda.is_initialized():
             found["allocated"] += torch.cuda.max_memory_allocated()
     return found
 

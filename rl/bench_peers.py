@@ -30,6 +30,9 @@ DISTRIBUTIONS = {"mlx-lm-lora": "mlx-lm-lora", "mlxrl": "inductive-mlxrl"}
 INSTALL = "python -m pip install --no-deps --target build/peers mlx-lm-lora==5.10.2 inductive-mlxrl==0.2.4"
 QUARTERS = (0.25, 0.5, 0.75, 1.0)
 BUDGET = 480.0
+LEAST_S = 60.0  # what one contestant leaves to each that is still to come, if there is as much
+LIMIT = 1.3  # bar: this project's peak over that of mlx-lm-lora, both with as many rows in a backward pass
+SMALLER = f"{OURS}, fewer rows at a time"  # in a backward pass: as many as mlx-lm-lora's
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = "configs/study/precision-shared-4.toml"
 
@@ -42,6 +45,11 @@ class Task:
     about: str
     path: Path
     overrides: list[str]
+    smaller: list[str] | None = None  # overrides besides, of this project's run with fewer rows at a time
+
+    def contestants(self) -> tuple[str, ...]:
+        """In the order in which they run."""
+        return (OURS, *DISTRIBUTIONS) if self.smaller is None else (OURS, *DISTRIBUTIONS, SMALLER)
 
 
 @dataclass(frozen=True)
@@ -85,7 +93,8 @@ def main(
     results: list[tuple[Task, list[Outcome]]] = []
     with tempfile.TemporaryDirectory(prefix="peers-", dir=root / "build") as folder:
         todo = tasks(Path(folder), device.type, root, quick)
-        runs = [(task, name) for task in todo for name in (OURS, *DISTRIBUTIONS)]
+        prepare(todo[0], root)
+        runs = [(task, name) for task in todo for name in task.contestants()]
         for number, (task, name) in enumerate(runs):
             if not results or results[-1][0] is not task:
                 results.append((task, []))
@@ -95,7 +104,7 @@ def main(
                 one = Outcome(name, "", [], {}, f"not installed there: `{INSTALL}`, then --peers-path build/peers")
             else:
                 waiting = sum(_version(other, found, root) is not None for _, other in runs[number:])
-                seconds = limit.left() / waiting
+                seconds = share(limit.left(), waiting)
                 one = contestant(task, name, version, found, Path(folder) / f"{number}", seconds, device.type, root)
             results[-1][1].append(one)
             write(path, results, about)
@@ -103,6 +112,18 @@ def main(
     if not any(one.rows for _, outcomes in results for one in outcomes if one.name == OURS):
         raise RunFailed(f"bench: this project's own run failed: {results[0][1][0].note}")
     return 0
+
+
+def share(left: float, waiting: int) -> float:
+    """Seconds for the next of `waiting`: what LEAST_S for each of the others leaves, and no less than an equal part."""
+    return max(left / waiting, left - LEAST_S * (waiting - 1))
+
+
+def prepare(task: Task, root: Path) -> None:
+    """Make the base once, before anyone's time begins."""
+    from rl import start
+
+    start.find(configs.load(task.path, task.overrides), root, None)
 
 
 def tasks(folder: Path, kind: str, root: Path, quick: bool = False) -> list[Task]:
@@ -143,7 +164,10 @@ def tasks(folder: Path, kind: str, root: Path, quick: bool = False) -> list[Task
     long += [f"rollout.max_completion_length={length}", "rollout.stop=[]", "reward.0.name=rl.bench_child:differing"]
     asked = f"{rows // group} prompts × {group}"
     about = f"prompts of {prompt} random words, {asked}, at most {length} new tokens, {steps} steps, EOS ends one"
-    return [sums, Task("long", about, root / CONFIG, [*common[:2], *long])]
+    prompts = rows // group
+    smaller = [f"trainer.per_device_train_batch_size={prompts}", "run.name=peers-smaller"]
+    smaller += [f"trainer.{name}={group}" for name in ("gradient_accumulation_steps", "steps_per_generation")]
+    return [sums, Task("long", about, root / CONFIG, [*common[:2], *long], smaller)]
 
 
 def contestant(
@@ -152,8 +176,10 @@ def contestant(
     """Run one in `folder` for at most `seconds`; its error's last line is the note where it failed."""
     folder.mkdir()
     job = folder / "job.json"
-    given = {"name": name, "config": str(task.path), "overrides": task.overrides, "peers_path": str(peers)}
-    if name != OURS:
+    ours = name in (OURS, SMALLER)
+    overrides = task.overrides + (task.smaller or [] if name == SMALLER else [])
+    given = {"name": OURS if ours else name, "config": str(task.path), "overrides": overrides, "peers_path": str(peers)}
+    if not ours:
         given |= _work(task, kind, root)
     files.write_json(job, given)
     (folder / "models").mkdir()
@@ -180,12 +206,13 @@ def _without_places(text: str) -> str:
 
 
 def _rows(folder: Path, name: str) -> list[dict[str, float]]:
-    if name != OURS:
+    if name not in (OURS, SMALLER):
         return record.read_metrics(folder / "rows.jsonl")
     found = sorted(folder.glob("models/*/peers-*/metrics.jsonl"))  # in checkpoints while it runs, in final when done
     rows = record.read_metrics(found[-1]) if found else []
     told = sorted(folder.glob("models/*/peers-*/run.json"))
-    batch = json.loads(told[-1].read_text())["config"]["trainer"]["per_device_train_batch_size"] if told else 0
+    args = json.loads(told[-1].read_text())["config"]["trainer"] if told else {}
+    batch = args.get("per_device_train_batch_size", 0) * (args.get("steps_per_generation") or 1)
     return [
         {key: row[key] for key in ("step", "wall_s", "reward")}
         | {"tokens": round(row["completions/mean_length"] * batch)}
@@ -228,7 +255,7 @@ def _work(task: Task, kind: str, root: Path) -> dict[str, Any]:
 
 def _version(name: str, peers: Path, root: Path) -> str | None:
     """Installed in `peers` or, where not, beside this project; None where it is in neither."""
-    if name == OURS:
+    if name in (OURS, SMALLER):
         git = record.git_state(root)
         return "unknown" if git is None else git["commit"][:12]
     wanted = DISTRIBUTIONS[name]
@@ -255,11 +282,26 @@ def markdown(results: Sequence[tuple[Task, list[Outcome]]], about: dict[str, str
         "group, lengths, learning rate and reward; each in a process of its own, one after the other. Steps are timed "
         "from end to end, medians with (least–largest), the first left out. ÷: their seconds over this project's, "
         "above 1 this project is faster. On MLX's CPU backend all are given the fast BLAS that this project binds, and "
-        "values instead of codes.",
+        "values instead of codes. Peaks: of the process's resident memory, where a trainer in torch has its libraries "
+        "too; on CUDA also of what the allocators gave, torch's and MLX's peaks added.",
     ]
     for task, outcomes in results:
         lines += ["", f"## {task.name}: {task.about}", "", *_task(task, outcomes)]
     return "\n".join(lines) + "\n"
+
+
+def memory_bar(outcomes: Sequence[Outcome]) -> list[str]:
+    """The line that holds this project's peak against mlx-lm-lora's, where both had as many rows at a time."""
+    found = {one.name: one.memory for one in outcomes if one.rows}
+    if not {SMALLER, "mlx-lm-lora"} <= found.keys():
+        return []
+    ours, theirs = found[SMALLER], found["mlx-lm-lora"]
+    kind = "allocated" if ours.get("allocated") and theirs.get("allocated") else "resident"
+    if not ours.get(kind) or not theirs.get(kind):
+        return []
+    ratio = ours[kind] / theirs[kind]
+    verdict = "met" if ratio <= LIMIT else "**missed**"
+    return ["", f"Peak {kind}, {SMALLER}: {ratio:.2f} × mlx-lm-lora's; bar: at most {LIMIT}: {verdict}."]
 
 
 def _task(task: Task, outcomes: Sequence[Outcome]) -> list[str]:
@@ -288,6 +330,7 @@ def _task(task: Task, outcomes: Sequence[Outcome]) -> list[str]:
         )
     lines = table(head, rows)
     lines += ["", *(f"- {one.name}: {one.note}" for one in outcomes if one.note)]
+    lines += memory_bar(outcomes)
     if task.name != "sums":
         return lines
     learned = [one for one in outcomes if one.step_s()]

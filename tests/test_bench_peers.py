@@ -1,6 +1,8 @@
 """`nox -s bench -- --part peers`: the table on hand-made steps, the job a peer gets, peers that are not there."""
 
 import json
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +11,7 @@ import pytest
 from rl import __main__ as cli
 from rl import bench_child, bench_peers
 from rl.bench_child import OURS
-from rl.bench_peers import Outcome, Task
+from rl.bench_peers import SMALLER, Outcome, Task
 
 ROOT = Path(__file__).resolve().parent.parent
 SUMS = Task("sums", "two steps", Path("x.toml"), [])
@@ -87,6 +89,7 @@ def test_absent_peers_are_named_and_left_out(
 
     monkeypatch.setattr(bench_peers, "contestant", ours)
     monkeypatch.setattr(bench_peers, "tasks", lambda *_: [SUMS])
+    monkeypatch.setattr(bench_peers, "prepare", lambda *_: None)
     monkeypatch.setattr(bench_peers, "DISTRIBUTIONS", {"mlx-lm-lora": "no-such-peer", "mlxrl": "no-such-other"})
     where = ["--peers-path", str(tmp_path / "none"), "--out", str(tmp_path)]
     assert cli.main(["bench", "--part", "peers", *where]) == 0
@@ -113,3 +116,57 @@ def test_the_long_works_reward_differs_within_a_group() -> None:
 
 def test_an_error_names_no_place() -> None:
     assert bench_peers._without_places("OSError: '/some/where/x' is gone") == "OSError: is gone"
+
+
+def test_memory_is_compared_where_both_go_backward_on_as_many_rows() -> None:
+    """Trap: 64 rows at a time beside a peer's 8, and resident bytes of one beside allocated ones of another."""
+
+    def line(**memory: dict[str, int]) -> str:
+        named = {"peer": "mlx-lm-lora", "ours": OURS, "smaller": SMALLER}
+        made = [Outcome(named[key], "", rows((1, 0.0, 1), (2, 0.0, 1)), value) for key, value in memory.items()]
+        return "".join(bench_peers.memory_bar(made))
+
+    peer = {"resident": 4 * 10**9, "allocated": 10 * 10**9}
+    text = line(ours={"resident": 1, "allocated": 1}, peer=peer, smaller={"resident": 1, "allocated": 13 * 10**9})
+    assert text == f"Peak allocated, {SMALLER}: 1.30 × mlx-lm-lora's; bar: at most 1.3: met."
+    text = line(peer=peer, smaller={"resident": 1, "allocated": 14 * 10**9})
+    assert "1.40 × mlx-lm-lora's; bar: at most 1.3: **missed**." in text
+    assert "Peak resident" in line(peer={"resident": 4}, smaller={"resident": 6, "allocated": 1})
+    assert line(ours=peer, peer=peer) == line(peer=peer, smaller={}) == ""
+
+
+def test_fewer_rows_at_a_time_are_the_same_work(smollm2: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from rl import config as configs
+    from rl import models
+
+    monkeypatch.setattr(models, "resolve_base", lambda *_: smollm2)
+    long = bench_peers.tasks(tmp_path, "cuda", ROOT)[1]
+    assert long.contestants() == (OURS, "mlx-lm-lora", "mlxrl", SMALLER)
+    args = [configs.load(long.path, long.overrides + more).trainer.args for more in ([], long.smaller)]
+    sampled = [a["per_device_train_batch_size"] * a["steps_per_generation"] for a in args]
+    stepped = [a["per_device_train_batch_size"] * a.get("gradient_accumulation_steps", 1) for a in args]
+    assert sampled == stepped == [64, 64]
+    assert args[1]["per_device_train_batch_size"] == 8  # prompts a step, which is mlx-lm-lora's
+    assert args[0]["num_generations"] == args[1]["num_generations"] == 8
+
+
+def test_no_one_eats_up_what_the_others_need() -> None:
+    assert bench_peers.share(480, 7) == 120  # and a minute for each of the six
+    assert bench_peers.share(210, 7) == 30  # too little for that: equal parts
+    assert bench_peers.share(90, 1) == 90
+
+
+def test_the_peak_is_told_while_it_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Trap: a contestant that is stopped would have no peak, though it has reached it in its first step."""
+    monkeypatch.setattr(bench_child, "EVERY_S", 0.01)
+    path, done = tmp_path / "memory.json", threading.Event()
+    thread = threading.Thread(target=bench_child.watch, args=(path, done))
+    thread.start()
+    until = time.monotonic() + 10
+    while not path.is_file() and time.monotonic() < until:
+        time.sleep(0.01)
+    done.set()
+    thread.join()
+    found = json.loads(path.read_text())
+    assert 10**7 < found["resident"] < 10**11
+    assert "allocated" not in found  # MLX's count alone would hide what torch holds on a CPU

@@ -15,12 +15,13 @@ from mlx.utils import tree_flatten
 
 from rl import config as configs
 from rl import models, packed
-from rl.rollouts import parity, quantized, sync
+from rl.rollouts import device, parity, quantized, sync
 from rl.rollouts import sampler as samplers
 from rl.rollouts.load import load_sampler
 from rl.rollouts.once import hold_once
 from rl.tiny import write_tiny
 
+pytestmark = pytest.mark.skipif(device.backend() != "cpu", reason="here torch is on the CPU, and so must MLX be")
 RANK = configs.Lora(rank=4, alpha=8.0)
 LAYERS = 4
 
