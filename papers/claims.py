@@ -20,11 +20,13 @@ from statistics import NormalDist, fmean
 
 from evals import stats
 from evals.stats.estimates import Estimate, estimate
+from papers import machine
 from papers.expression import (
     Missing,
     Test,
     View,
     by_seed,
+    clocked,
     names,
     over_seeds,
     parse,
@@ -55,7 +57,8 @@ class Measured:
 
 @dataclass(frozen=True)
 class Verdict:
-    """A claim's outcome. `need`: what would decide it; `why`: what was not run; `outdated`: runs of stale results."""
+    """A claim's outcome. `need`: what would decide it; `why`: what was not run; `outdated`: runs of stale results;
+    `mixed`: where its times are from, if from several machines or commits."""
 
     claim: Claim
     outcome: str
@@ -64,6 +67,7 @@ class Verdict:
     need: str = ""
     why: str = ""
     outdated: tuple[str, ...] = field(default=())
+    mixed: str = ""
 
 
 def check(study: Study) -> None:
@@ -111,7 +115,19 @@ def judge(
         return Verdict(claim, NOT_RUN, why=str(missing), outdated=stale)
     outcome = _outcome(test, measured.estimate, threshold)
     need = _need(test, measured, threshold) if outcome == UNDECIDED else ""
-    return Verdict(claim, outcome, measured, threshold, need, outdated=stale)
+    return Verdict(claim, outcome, measured, threshold, need, outdated=stale, mixed=_mixed(test, found, used))
+
+
+def _mixed(test: Test, found: Mapping[str, Sequence[Kept]], used: Sequence[str]) -> str:
+    """Where times are compared that were taken on several machines or of several commits: how many of each."""
+    if not (clocked(test.left) or clocked(test.right)):
+        return ""
+    kept = [one for name in used for one in found[name]]
+    commits = {(one.record.git or {}).get("commit") for one in kept}
+    machines = {machine.in_words(one.machine) for one in kept}
+    parts = [(len(machines), "machines"), (len(commits), "commits")]
+    several = " and ".join(f"{n} {what}" for n, what in parts if n > 1)
+    return f"times of {several}" if several else ""
 
 
 def _subject(test: Test) -> tuple[ast.expr, float]:

@@ -43,6 +43,7 @@ FIELDS = {
     "completion_tokens": "tokens.completion",
     "memory": "peak_memory_bytes",
 }
+CLOCKED = ("tokens_per_s", "sync_s", "wall_s", "step_s")  # depend on machine and code, not on the inputs alone
 MARKED = ("accuracy", "start", "score")  # of questions
 LOGGED = ("mean", "early", "late", "peak", "part")
 OVER_SEEDS = {"iqm": 1, "improvement": 2}
@@ -194,6 +195,11 @@ def questions(node: ast.AST, view: "View") -> list[list[str]]:
         run, *rest = [str(part.value) for part in call.args if isinstance(part, ast.Constant)]
         found += [tuple(_asked(_called(call), kept, tuple(rest))) for kept in view.of(run)]
     return [list(ids) for ids in dict.fromkeys(found)]
+
+
+def clocked(node: ast.AST) -> bool:
+    """Whether it is about times, which compare on one machine and one commit only."""
+    return any(isinstance(call, ast.Call) and _called(call) in CLOCKED for call in ast.walk(node))
 
 
 def over_seeds(node: ast.AST) -> bool:

@@ -108,6 +108,7 @@ def outcome(one: Verdict) -> str:
         words = f"not run ({one.why})"
     else:
         words = one.outcome
+    words += f"; {one.mixed}" if one.mixed else ""
     return f"{words}; outdated" if one.outdated else words
 
 

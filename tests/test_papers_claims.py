@@ -7,7 +7,7 @@ from statistics import fmean, stdev
 import pytest
 from scipy import stats as reference
 
-from papers import claims, expression
+from papers import claims, expression, tables
 from papers.results import Kept
 from papers.study import Claim
 from rl.errors import UserError
@@ -176,6 +176,21 @@ def test_equivalence_is_two_one_sided_tests() -> None:
     verdict = judged("abs(tokens_per_s(a)) < 200", a=logged("a", SPEEDS))
     assert verdict.measured is not None
     assert (verdict.measured.estimate.low, verdict.measured.estimate.high) == pytest.approx((low, high))
+
+
+def test_times_of_several_machines_or_commits_are_said() -> None:
+    """Trap: a sampler that became faster between two visits of a machine passes for one that quantization sped up."""
+    a, b = logged("a", SPEEDS), logged("b", SPEEDS)
+    for kept in (*a, *b):
+        kept.record.git = {"commit": "1"}
+    assert judged("tokens_per_s(a) / tokens_per_s(b) > 0.5", a=a, b=b).mixed == ""
+    for kept in b:
+        kept.record.git = {"commit": "2"}
+    b[0].machine["cores"] = 9
+    verdict = judged("tokens_per_s(a) / tokens_per_s(b) > 0.5", a=a, b=b)
+    assert verdict.mixed == "times of 2 machines and 2 commits"
+    assert tables.outcome(verdict) == "holds; times of 2 machines and 2 commits"
+    assert judged("accuracy(a) - accuracy(b) > -0.5", a=a, b=b).mixed == ""
 
 
 def test_one_seed_says_nothing_of_others() -> None:
