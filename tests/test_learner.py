@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import LlamaConfig
 from trl.trainer.utils import add_fused_lm_head
 
 from rl import config, models
@@ -118,7 +119,7 @@ def test_prompts_read_once_give_the_same_logprobs_entropies_and_gradients(
 ) -> None:
     """Traps: keys of padding between prompt and completion, positions after it, rows that a shuffle has parted from
     their prompt, and a prompt's last token, whose logits score the first of the completion."""
-    monkeypatch.setattr(learner, "PASS_TOKENS", {"cpu": 0})
+    monkeypatch.setattr(learner, "PASS_TOKENS", 0)
     ids, mask, columns = groups(prefix, prompts, completions)
     shared = share(ids, mask, int(columns))
     assert shared is not None
@@ -158,9 +159,8 @@ def test_any_batch_gives_the_same_gradients(
         assert_equal(*both(model, ids, mask, int(columns), shared))
 
 
-def test_the_way_with_the_fewest_tokens_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_way_with_the_fewest_tokens_is_taken() -> None:
     """8 x 4 of the default config's kind: 20 tokens all share, 6 of each question, 4 of each completion."""
-    monkeypatch.setattr(learner, "PASS_TOKENS", {"cpu": 16})
     ids, mask, columns = groups(20, [6] * 8, [4] * 32)
     way = share(ids, mask, int(columns))
     assert (way.prefix, len(way.prompts), len(way.of_row)) == (20, 8, 32)  # 20 + 8 x 5 + 32 x 4 tokens, 2 passes more
@@ -170,8 +170,18 @@ def test_the_way_with_the_fewest_tokens_is_taken(monkeypatch: pytest.MonkeyPatch
     assert len(share(ids, mask, 9).prompts) == 2
     assert len(share(ids, mask, 9, window=52).prompts) == 2  # 43 + 9 columns
     assert share(ids, mask, 9, window=51) is None  # padding between prompt and completion would count
-    monkeypatch.setattr(learner, "PASS_TOKENS", {"cpu": 10**6})
-    assert share(ids, mask, 9) is None
+    assert share(ids, mask, 9, cost=10**6) is None
+
+
+def test_a_pass_costs_a_gpu_fewer_tokens_the_larger_the_model() -> None:
+    """Launches are as many for wide layers as for narrow ones: SmolLM2's 135M and 1.7B, whose layers have 3,538,944 and
+    67,108,864 weights."""
+    small = LlamaConfig(hidden_size=576, intermediate_size=1536, num_attention_heads=9, num_key_value_heads=3)
+    large = LlamaConfig(hidden_size=2048, intermediate_size=8192, num_attention_heads=32, num_key_value_heads=32)
+    cuda = torch.device("cuda")
+    assert learner.pass_tokens(cuda, small) == round(learner.PASS_WEIGHTS["cuda"] / 3_538_944)
+    assert learner.pass_tokens(cuda, large) == round(learner.PASS_WEIGHTS["cuda"] / 67_108_864)
+    assert learner.pass_tokens(torch.device("cpu"), large) == learner.PASS_TOKENS
 
 
 def test_on_mps_prompts_come_in_few_counts_and_widths(tiny_base: models.Base, monkeypatch: pytest.MonkeyPatch) -> None:

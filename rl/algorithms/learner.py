@@ -21,9 +21,11 @@ from rl.device import padded
 
 # below this many shared tokens a pass of their own costs more than it saves
 SHORTEST_PREFIX = 8
-# what a further pass through the layers costs, in tokens: reading all weights again on a CPU, launches on a GPU
-PASS_TOKENS = {"cpu": 16}
-PASS_TOKENS_GPU = 256
+# what a further pass through the layers costs, in tokens, on a CPU: it reads all weights again
+PASS_TOKENS = 16
+# and off it, in tokens x weights of a layer: a layer of a LoRA policy is about 170 launches there and back whatever its
+# size. From 20 us each against 40 TFLOP/s of an H100 in float32; for MPS the same launches against 10, not measured
+PASS_WEIGHTS = {"cuda": 2e10, "mps": 5e9}
 
 
 def score_completions_only() -> None:
@@ -70,10 +72,24 @@ class Shared:
     of_row: tuple[int, ...] = ()
 
 
+def pass_tokens(device: torch.device, config: Any) -> int:
+    """How many tokens take as long as one more pass through a layer of a model of transformers' `config`."""
+    if device.type not in PASS_WEIGHTS:
+        return PASS_TOKENS
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    attention = 2 * (config.num_attention_heads + config.num_key_value_heads) * width
+    return round(PASS_WEIGHTS[device.type] / (config.hidden_size * (attention + 3 * config.intermediate_size)))
+
+
 def share(
-    input_ids: torch.Tensor, attention_mask: torch.Tensor, completion_columns: int, window: int | None = None
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor,
+    completion_columns: int,
+    window: int | None = None,
+    cost: int | None = None,
 ) -> Shared | None:
-    """The way with the fewest tokens, each further pass counted as PASS_TOKENS of them; None for TRL's own forward.
+    """The way with the fewest tokens, each further pass counted as `cost` of them (`pass_tokens`; unset = PASS_TOKENS);
+    None for TRL's own forward.
 
     `input_ids` (rows, prompt + completion columns) with prompts padded on the left. `window` is the shortest sliding
     window of the model: prompts of different lengths are padded in the middle, where a window would count the padding.
@@ -93,7 +109,7 @@ def share(
     if device.type == "mps":  # a power of two of them, the first one again
         prompts += prompts[:1] * ((1 << (len(prompts) - 1).bit_length()) - len(prompts))
 
-    cost = PASS_TOKENS.get(device.type, PASS_TOKENS_GPU)
+    cost = PASS_TOKENS if cost is None else cost
     first = prefix + cost if prefix else 0
     ways: dict[Shared | None, int] = {None: rows * total}
     if prefix:

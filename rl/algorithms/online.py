@@ -16,7 +16,7 @@ from rl import processes
 from rl.algorithms import trace
 from rl.algorithms.base import Job, Outcome, Recorder, Timer, run_trainer
 from rl.algorithms.guard import Guard
-from rl.algorithms.learner import Forward, forward, row_keys, score_completions_only, share
+from rl.algorithms.learner import Forward, forward, pass_tokens, row_keys, score_completions_only, share
 from rl.algorithms.mismatch import Alarm, measure
 from rl.algorithms.seam import EpochSampler, MLXGeneration
 from rl.algorithms.tool_turns import loss_mask
@@ -198,7 +198,8 @@ class Online:
         window = getattr(model.config, "sliding_window", None)
         for start in range(0, len(input_ids), size):
             ids, mask = input_ids[start : start + size], attention_mask[start : start + size]
-            shared = None if self.args.gradient_checkpointing else share(ids, mask, columns, window)
+            cost = pass_tokens(ids.device, model.config)
+            shared = None if self.args.gradient_checkpointing else share(ids, mask, columns, window, cost)
             if shared is None:
                 # TRL gives the head of a reference model of its own no entropy
                 logps, entropies, _ = super()._get_per_token_logps_and_entropies(
