@@ -9,7 +9,6 @@ import argparse
 import gc
 import importlib.util
 import os
-import platform
 import statistics
 import sys
 import tempfile
@@ -21,7 +20,7 @@ from typing import Any
 
 from evals import backends, runs
 from rl import device as devices
-from rl import files, record
+from rl import files, measured, record
 from rl.bench_models import prompt_texts, subject
 from rl.bench_table import ratios, spread
 from rl.errors import RunFailed, UserError
@@ -135,7 +134,8 @@ def main(argv: Sequence[str] | None = None, root: Path = ROOT) -> None:
     dtype = args.dtype or ("float32" if kind == "cpu" else "float16")
     sizes = Sizes(args.prompts, args.prompt_tokens, args.new, args.batch_size, args.repeats)
     out = (args.out or root / "build" / f"evalbench-{kind}").with_suffix(".md")
-    about = _about(sizes, dtype, device, args.model or ["smollm2"], args.seconds, root)
+    command = _command(sizes, dtype, args.model or ["smollm2"], args.seconds)
+    about = measured.about(command, device, root, PACKAGES)
     (root / "build").mkdir(parents=True, exist_ok=True)
     reports: list[Report] = []
 
@@ -323,29 +323,10 @@ def _agreement(kind: str, answers: dict[str, list[Any]]) -> str:
     return f"≤ {max(abs(a - b) for a, b in values):.2g} apart"
 
 
-def _about(
-    sizes: Sizes, dtype: str, device: Any, names: Sequence[str], seconds: int | None, root: Path
-) -> dict[str, str]:
-    import torch
-
-    from rl.doctor import chip
-    from rl.rollouts.device import describe
-
-    git = record.git_state(root)
-    commit = "unknown" if git is None else f"{git['commit']}{', with changes not committed' if git['dirty'] else ''}"
-    mlx = describe()
+def _command(sizes: Sizes, dtype: str, names: Sequence[str], seconds: int | None) -> str:
     told = " ".join(f"--{key.replace('_', '-')} {value}" for key, value in asdict(sizes).items())
     told += f" --seconds {seconds}" if seconds else ""
-    versions = ", ".join(f"{name} {version or 'absent'}" for name, version in record.versions(PACKAGES).items())
-    return {
-        "command": f"`python -m evals bench {' '.join(f'--model {name}' for name in names)} {told} --dtype {dtype}`",
-        "machine": f"{chip()}, {devices.cores()} cores, {devices.total_memory_bytes() / devices.GIB:.1f} GiB",
-        "devices": f"torch {devices.describe(device)}, {torch.get_num_threads()} threads; MLX {mlx['backend']}",
-        "system": f"{platform.platform(terse=True)}, {platform.machine()}, Python {platform.python_version()}",
-        "packages": versions,
-        "commit": commit,
-        "time": record.now(),
-    }
+    return f"python -m evals bench {' '.join(f'--model {name}' for name in names)} {told} --dtype {dtype}"
 
 
 def _positive(text: str) -> int:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rl import bench_file
+from rl import bench_file, measured
 from rl import bench_table as tables
 from rl import config as configs
 from rl import device as devices
@@ -79,7 +79,7 @@ def main(
         setting = Setting(device, dtype, quick, repeats, Path(folder), say)
         for shape in shapes:
             told = f"nox -s bench -- --shape {shape} {'--quick ' if quick else ''}{command}"
-            about = bench_file.about(told, device, root)
+            about = measured.about(told, device, root)
             limit = Budget(budget)
             say(f"{shape}: model and prompts")
             found = subject(shape, setting.prompt, setting.folder, root)

@@ -1,23 +1,18 @@
 """The files of `nox -s bench`: a table and, beside it, everything it was made from; sections of other runs stay."""
 
 import json
-import platform
 import re
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rl import bench_table as tables
-from rl import device as devices
 from rl import files, record
 from rl.bench_table import Report
 
 if TYPE_CHECKING:
     import torch
-
-PACKAGES = ("torch", "mlx", "mlx-lm", "transformers", "trl", "peft", "accelerate", "numpy")
 
 
 def device_name(device: "torch.device") -> str:
@@ -33,29 +28,6 @@ def device_name(device: "torch.device") -> str:
 
         return f"mps-{chip_name()}"
     return device.type
-
-
-def about(command: str, device: "torch.device", root: Path) -> dict[str, str]:
-    """What is needed to read a table later: command, machine, versions, commit, time."""
-    import torch
-
-    from rl.doctor import chip
-    from rl.rollouts.device import describe
-
-    mlx = describe()
-    mac = sys.platform == "darwin"
-    machine = f"{chip()}, macOS {platform.mac_ver()[0]}" if mac else f"{platform.system()}, {platform.machine()}"
-    git = record.git_state(root)
-    commit = "unknown" if git is None else f"{git['commit']}{', with changes not committed' if git['dirty'] else ''}"
-    versions = ", ".join(f"{name} {version or 'absent'}" for name, version in record.versions(PACKAGES).items())
-    return {
-        "command": f"`{command}`",
-        "machine": f"{machine}, {devices.cores()} cores, {devices.total_memory_bytes() / devices.GIB:.1f} GiB",
-        "devices": f"torch {devices.describe(device)}, {torch.get_num_threads()} threads; MLX {mlx['backend']}",
-        "packages": f"Python {platform.python_version()}, {versions}",
-        "commit": commit,
-        "time": record.now(),
-    }
 
 
 def write(path: Path, report: Report, parts: Sequence[str], about: dict[str, str]) -> None:

@@ -17,7 +17,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from rl import bench_file, files, record
+from rl import bench_file, files, measured, record
 from rl import config as configs
 from rl import device as devices
 from rl.bench_child import OURS
@@ -88,7 +88,7 @@ def main(
     limit = Budget(budget or BUDGET)
     path = (out or root / ("build" if quick else "evals/published")) / f"bench-peers-{bench_file.device_name(device)}"
     told = f"nox -s bench -- --part peers --budget {budget or BUDGET:g}{' --quick' if quick else ''}"
-    about = bench_file.about(told, device, root)
+    about = measured.about(told, device, root)
     (root / "build").mkdir(parents=True, exist_ok=True)
     results: list[tuple[Task, list[Outcome]]] = []
     with tempfile.TemporaryDirectory(prefix="peers-", dir=root / "build") as folder:

@@ -19,6 +19,7 @@ from rl.record import Record
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 Z95 = 1.959963984540054
 METRICS = ("strict", "lenient")
@@ -153,6 +154,11 @@ def curves(metrics: Path, png: Path) -> None:
     for number, (title, key) in enumerate(panels, start=1):
         points = [(row["step"], y) for row in rows if (y := _number(row.get(key))) is not None]
         _panel(figure.add_subplot(lines, columns, number), title, [x for x, _ in points], [y for _, y in points])
+    save_png(figure, png)
+
+
+def save_png(figure: "Figure", png: Path) -> None:
+    """Write a figure whole or not at all; the same figure gives the same bytes."""
     partial = png.with_name(f".{png.name}.tmp")
     try:
         figure.savefig(partial, format="png", metadata={"Software": None})

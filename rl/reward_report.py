@@ -266,12 +266,7 @@ def draw(pairs: Sequence[Pair], other: Curve | None, png: Path) -> None:
     _lengths(figure.add_subplot(1, columns, 2), pairs)
     if other is not None:
         _optimised(figure.add_subplot(1, columns, 3), other)
-    partial = png.with_name(f".{png.name}.tmp")
-    try:
-        figure.savefig(partial, format="png", metadata={"Software": None})
-        files.write_bytes(png, partial.read_bytes())
-    finally:
-        partial.unlink(missing_ok=True)
+    report.save_png(figure, png)
 
 
 def _reliability(axes: "Axes", found: Calibration) -> None:
