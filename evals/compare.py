@@ -13,7 +13,7 @@ from evals.table import PLAIN
 from evals.tables_read import Result, check_versions, load, paired, questions_differ, result_files
 from evals.tables_rows import Difference, corrected, difference, shared
 from evals.tables_text import number, p_value
-from rl.config_read import nearest
+from rl.config.reading import nearest
 from rl.errors import UserError
 
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from evals import stats
 from evals.tables_read import Key, Result, check_versions, read
 from evals.tables_rows import SEED
-from rl.config_read import nearest
+from rl.config.reading import nearest
 from rl.errors import UserError
 from rl.files import write_bytes
 from rl.record import read_metrics

@@ -18,7 +18,7 @@ from typing import Any
 from evals import published_evals, runs, tables_read
 from evals.published_table import AGAIN, INTRO, fill, groups, section, seeds
 from rl import files, record, report
-from rl.config_read import nearest
+from rl.config.reading import nearest
 from rl.errors import UserError
 
 COMMANDS = ("publish", "published", "check")

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rl.config_read import nearest
+from rl.config.reading import nearest
 from rl.errors import UserError
 from rl.files import sha256_file, sha256_json
 

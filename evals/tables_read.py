@@ -16,7 +16,7 @@ from typing import Any
 
 from evals import runs, stats
 from evals.stats.estimates import estimate
-from rl.config_read import nearest
+from rl.config.reading import nearest
 from rl.errors import UserError
 
 type Key = tuple[str, str]  # metric and filter

@@ -29,7 +29,7 @@ from typing import Any
 from evals import stats
 from papers.jobs import timing
 from papers.results import Kept
-from rl.config_read import nearest
+from rl.config.reading import nearest
 from rl.errors import UserError
 
 FIELDS = {

@@ -11,7 +11,7 @@ from typing import Any
 
 from papers import study as studies
 from rl import algorithms, files
-from rl.config_read import read_toml
+from rl.config.reading import read_toml
 
 INTRO = """# papers
 

@@ -15,8 +15,8 @@ from typing import Any
 from papers.study import RunSpec, Study
 from rl import config as configs
 from rl import files
-from rl.config_read import Source, place, plain, read
-from rl.config_text import to_toml
+from rl.config.reading import Source, place, plain, read
+from rl.config.text import to_toml
 from rl.errors import UserError
 from rl.record import COMPUTING, Record
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rl.config_read import Source, about, key, nearest, read, read_toml
+from rl.config.reading import Source, about, key, nearest, read, read_toml
 from rl.errors import UserError
 
 FILE = "paper.toml"

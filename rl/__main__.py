@@ -91,7 +91,7 @@ def _plan(arguments: argparse.Namespace) -> int | None:
 
 def _check(arguments: argparse.Namespace) -> None:
     from rl.config import describe, load, resolved
-    from rl.config_text import to_toml
+    from rl.config.text import to_toml
 
     if arguments.keys:
         print(describe(), end="")
@@ -123,15 +123,15 @@ def _doctor(arguments: argparse.Namespace) -> int | None:
 
 
 def _smoke(arguments: argparse.Namespace) -> int | None:
-    import rl.smoke
+    from rl.smoke import command
 
-    return rl.smoke.main()
+    return command.main()
 
 
 def _audit(arguments: argparse.Namespace) -> int | None:
-    import rl.audit
+    from rl.audit import command
 
-    return rl.audit.main(arguments.algorithm, write=arguments.write)
+    return command.main(arguments.algorithm, write=arguments.write)
 
 
 def _bench(arguments: argparse.Namespace) -> int | None:
@@ -290,7 +290,7 @@ def _parser() -> argparse.ArgumentParser:
     scored.add_argument("run", metavar="RUN", help="a run of algorithm reward in models/final")
     scored.add_argument("--against", metavar="RUN", help="a run trained on it: learned reward beside the verifier")
     command("doctor", _doctor, "versions, device and memory of this machine")
-    command("smoke", _smoke, "one tiny training step and rollout on this machine's device")
+    command("smoke", _smoke, "hold this machine's device against references: arithmetic, training steps, memory")
     audit = command("audit", _audit, "which operators training dispatches, and whether MPS has them; needs no Mac")
     audit.add_argument("algorithm", metavar="ALGORITHM", nargs="*", help="e.g. grpo; none = every algorithm")
     audit.add_argument("--write", action="store_true", help="make docs/operators.md anew")

@@ -24,7 +24,7 @@ def device_name(device: "torch.device") -> str:
         model = re.search(r"\b[a-z]+\d+\b", card)
         return "cuda-" + (model[0] if model else re.sub(r"[^a-z0-9]+", "-", card).strip("-"))
     if device.type == "mps":
-        from rl.smoke_page import chip_name
+        from rl.smoke.page import chip_name
 
         return f"mps-{chip_name()}"
     return device.type

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from rl import files, record, rewards
 from rl.algorithms import GROUPED
-from rl.config_checks import rollout_size
-from rl.config_read import plain
+from rl.config.checks import rollout_size
+from rl.config.reading import plain
 from rl.errors import RunFailed
 from rl.measure import prompt_ids
 from rl.rollouts.result import Sampling

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from rl import record
-from rl.config_read import nearest
+from rl.config.reading import nearest
 from rl.errors import UserError
 from rl.record import Record
 

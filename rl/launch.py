@@ -24,7 +24,7 @@ from rl import config as configs
 from rl import processes
 from rl.algorithms import PREFERENCES
 from rl.config import Config
-from rl.config_read import nearest
+from rl.config.reading import nearest
 from rl.errors import UserError
 
 Kind = Literal["NO", "MULTI_CPU", "MULTI_GPU", "FSDP"]

@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rl.config_read import Source, nearest
+from rl.config.reading import Source, nearest
 from rl.errors import UserError
 
 if TYPE_CHECKING:

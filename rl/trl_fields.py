@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from rl.algorithms import ALIKE
-from rl.config_read import Source, Where, check_json, check_value, nearest
+from rl.config.reading import Source, Where, check_json, check_value, nearest
 from rl.errors import UserError
 
 # class -> (package, file below it); a class of TRL and what it inherits from

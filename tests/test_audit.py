@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from rl import __main__ as cli
-from rl import audit
-from rl import audit_kernels as kernels
 from rl.algorithms import ALGORITHMS
+from rl.audit import command as audit
+from rl.audit import kernels
 
 ROOT = Path(__file__).resolve().parent.parent
 

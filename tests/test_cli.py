@@ -195,7 +195,7 @@ def test_exit_codes(
     def main(**options: bool) -> None:
         raise raised
 
-    for name in ("doctor", "smoke", "clean"):
-        stand_in(monkeypatch, name, main=main)
+    for name, module in (("doctor", "doctor"), ("smoke", "smoke.command"), ("clean", "clean")):
+        stand_in(monkeypatch, module, main=main)
         assert cli.main([name]) == code
         assert capsys.readouterr().err == line

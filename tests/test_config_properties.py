@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rl.config import Config, load, resolved
-from rl.config_checks import generation_period, rollout_size
-from rl.config_text import to_toml
+from rl.config.checks import generation_period, rollout_size
+from rl.config.text import to_toml
 from rl.errors import UserError
 
 text = st.text(st.characters(codec="utf-8", exclude_categories=["Cs"]), max_size=12)
@@ -75,7 +75,7 @@ def configs(draw: st.DrawFn) -> dict[str, Any]:
         "jsonl": st.just({"path": "x.toml"}) | st.just({"path": "x.toml", "heldout_path": "x.toml"}),
         "hub": st.fixed_dictionaries({"name": text}, optional={"split": text, "heldout_split": text}),
     }
-    rewards = [{"name": "my_module:reward", "weight": 0.5} | draw(free) for _ in range(draw(st.integers(1, 3)))]
+    rewards = [{"name": "colorsys:rgb_to_hsv", "weight": 0.5} | draw(free) for _ in range(draw(st.integers(1, 3)))]
     algorithm, group, prompts = draw(st.sampled_from(["sft", "grpo"])), draw(st.integers(2, 8)), draw(st.integers(1, 8))
     args: dict[str, Any] = {"per_device_train_batch_size": group * prompts, "learning_rate": draw(st.floats(0, 1))}
     if algorithm == "grpo":
@@ -93,7 +93,7 @@ def configs(draw: st.DrawFn) -> dict[str, Any]:
 
 
 def emit(value: Any) -> str:
-    """Inline TOML, written apart from `rl.config_text`: every character beyond ASCII letters escaped."""
+    """Inline TOML, written apart from `rl.config.text`: every character beyond ASCII letters escaped."""
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, str):

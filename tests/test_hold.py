@@ -9,21 +9,22 @@ import torch
 from trl.trainer.utils import add_fused_lm_head
 
 from rl import config as configs
-from rl import device, models, packed, smoke_steps
+from rl import device, models, packed
 from rl.packed import Lazy, PackedLinear
 from rl.rollouts import quantized
+from rl.smoke import steps
 from rl.tiny import write_tiny
 
 CPU = torch.device("cpu")
 SGD = {"optim": "sgd", "learning_rate": 0.1}
 
 
-def trained(folder: Path, algorithm: str, hold: str, **args: Any) -> tuple[dict[str, torch.Tensor], smoke_steps.Step]:
+def trained(folder: Path, algorithm: str, hold: str, **args: Any) -> tuple[dict[str, torch.Tensor], steps.Step]:
     """(adapter after one step, the step) of a shared 4-bit base held so."""
-    config = smoke_steps.make_config(CPU, algorithm, lora=True, shared=True, **args)
+    config = steps.make_config(CPU, algorithm, lora=True, shared=True, **args)
     quantization = replace(config.model.quantization, hold=hold)
     config = replace(config, model=replace(config.model, quantization=quantization))
-    step = smoke_steps.take(smoke_steps.make_job(config, folder, CPU))
+    step = steps.take(steps.make_job(config, folder, CPU))
     held = {isinstance(m, PackedLinear) for n, m in step.job.model.named_modules() if n.endswith("q_proj.base_layer")}
     assert held == {hold == "packed"}
     return {n: p.detach() for n, p in step.job.model.named_parameters() if n in step.trained}, step
@@ -45,10 +46,10 @@ def test_one_step_on_codes_moves_the_adapter_as_on_values(tmp_path: Path, algori
 
 
 def test_what_a_gpu_holds_by_default_are_codes(tmp_path: Path) -> None:
-    shared = smoke_steps.make_config(CPU, "grpo", lora=True, shared=True)
+    shared = steps.make_config(CPU, "grpo", lora=True, shared=True)
     assert [device.holds_codes(shared, kind) for kind in ("cpu", "cuda", "mps")] == [False, True, True]
     for other in (
-        smoke_steps.make_config(CPU, "grpo", lora=True),
+        steps.make_config(CPU, "grpo", lora=True),
         replace(shared, rollout=replace(shared.rollout, precision="full")),
         replace(shared, trainer=replace(shared.trainer, algorithm="reward")),
     ):

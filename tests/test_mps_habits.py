@@ -11,10 +11,11 @@ from typing import Any
 import pytest
 import torch
 
-from rl import device, models, smoke_steps
+from rl import device, models
 from rl.algorithms import base
 from rl.algorithms.learner import Shared, forward, shared_prefix
 from rl.errors import UserError
+from rl.smoke import steps
 
 CPU, MPS = torch.device("cpu"), torch.device("mps")
 
@@ -25,8 +26,8 @@ def job_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., bas
     monkeypatch.setattr(torch.mps, "empty_cache", lambda: None)  # without MPS it raises
 
     def make(algorithm: str, **args: Any) -> base.Job:
-        config = smoke_steps.make_config(CPU, algorithm, dtype="float32", **args)
-        job = smoke_steps.make_job(config, tmp_path, CPU)
+        config = steps.make_config(CPU, algorithm, dtype="float32", **args)
+        job = steps.make_job(config, tmp_path, CPU)
         job.device = MPS
         return job
 
@@ -82,7 +83,7 @@ def test_the_loader_has_no_workers_and_pins_nothing(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(DataLoader, "__init__", init)
     for algorithm in ("sft", "grpo"):
         seen.clear()
-        smoke_steps.take(job_of(algorithm))
+        steps.take(job_of(algorithm))
         assert seen
         assert all(kwargs["num_workers"] == 0 and kwargs["pin_memory"] is False for kwargs in seen)
 
@@ -92,11 +93,11 @@ def test_the_cache_is_released_after_each_step_on_mps_alone(monkeypatch: pytest.
     calls: list[None] = []
     monkeypatch.setattr(torch.mps, "empty_cache", lambda: calls.append(None))
     job = job_of("sft", max_steps=3)
-    assert smoke_steps.take(job).outcome.steps == 3
+    assert steps.take(job).outcome.steps == 3
     assert len(calls) == 3
     job = job_of("sft", max_steps=2)
     job.device = CPU
-    smoke_steps.take(job)
+    steps.take(job)
     assert len(calls) == 3
 
 
@@ -121,7 +122,7 @@ def test_batches_come_in_buckets_and_padding_changes_no_gradient(
                 patch.setattr(torch.nn.Embedding, "forward", forward)
                 # it asks the batch, which lies on the CPU here
                 patch.setattr("rl.algorithms.learner.padded", lambda length, where: device.bucket(length))
-            norms.append(smoke_steps.take(job).number("grad_norm"))
+            norms.append(steps.take(job).number("grad_norm"))
     assert norms[0] == pytest.approx(norms[1], rel=1e-4)
     assert norms[0] > 0
     assert widths
@@ -172,7 +173,7 @@ def test_checkpointing_is_not_the_reentrant_kind(monkeypatch: pytest.MonkeyPatch
 
     monkeypatch.setattr(checkpoint, "checkpoint", spy)
     monkeypatch.setattr("transformers.modeling_utils.checkpoint", spy, raising=False)
-    step = smoke_steps.take(job_of(algorithm, lora=True, gradient_checkpointing=True))
+    step = steps.take(job_of(algorithm, lora=True, gradient_checkpointing=True))
     assert len(step.moved) == len(step.trained) // 2
     assert seen
     assert all(kwargs["use_reentrant"] is False for kwargs in seen)
@@ -224,7 +225,7 @@ def test_attention_asks_for_torchs_own_kernel_and_never_for_a_cuda_one(
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", spy)
     job = job_of("sft")
     assert job.model.config._attn_implementation == "sdpa"
-    assert smoke_steps.take(job).outcome.steps == 1
+    assert steps.take(job).outcome.steps == 1
     assert calls
     # heads that share keys are repeated by transformers: grouped keys have no math path on older torch
     assert not any(kwargs.get("enable_gqa") for kwargs in calls)

@@ -8,7 +8,7 @@ from config_helper import GRPO, error_of, write
 
 from rl import config, trl_fields
 from rl.algorithms.ppo_settings import PPOConfig
-from rl.config_read import conforms
+from rl.config.reading import conforms
 
 TEXT = GRPO.replace('"grpo"', '"ppo"').replace("num_generations = 8\n", "")
 

@@ -15,7 +15,7 @@ from trl import RLOOConfig
 from rl import config, models, trl_fields
 from rl.algorithms import rloo, seam
 from rl.algorithms.rloo import sequence_weights
-from rl.config_read import conforms
+from rl.config.reading import conforms
 
 EXACT = {"correction": "sequence_truncate"}
 TEXT = GRPO.replace('"grpo"', '"rloo"')

@@ -10,9 +10,12 @@ import pytest
 import torch
 
 from rl import __main__ as cli
-from rl import smoke, smoke_checks, smoke_page, smoke_steps
 from rl.errors import RunFailed
-from rl.smoke_checks import Bench, Found
+from rl.smoke import checks as smoke_checks
+from rl.smoke import command as smoke
+from rl.smoke import page as smoke_page
+from rl.smoke import steps as smoke_steps
+from rl.smoke.checks import Bench, Found
 
 CPU = torch.device("cpu")
 ABSENT = "MPS is absent here: nothing in this test says anything about MPS"

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from rl.config_read import Source, conforms
+from rl.config.reading import Source, conforms
 from rl.errors import UserError
 from rl.trl_fields import CLASSES, SOURCES, VALUES, arguments, check, home_of
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rl import files, report
-from rl.config_text import to_toml
+from rl.config.text import to_toml
 from rl.record import Record
 
 if TYPE_CHECKING:

@@ -190,7 +190,7 @@ def write_case(case: Case, folder: Path, device: str, bases: Path) -> Path:
 
 def write_config(case: Case, folder: Path, base: Path | None, device: str) -> Path:
     """`folder`/case.toml; `base` is the model's folder, None for a tiny one."""
-    from rl.config_text import to_toml
+    from rl.config.text import to_toml
 
     model: dict[str, Any] = {"base": str(base)}
     if base is None:

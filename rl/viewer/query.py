@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from rl.completions import REWARD
-from rl.config_read import nearest
+from rl.config.reading import nearest
 from rl.errors import UserError
 
 Row = dict[str, Any]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from rl.algorithms import GROUPED
-from rl.config_read import Source
+from rl.config.reading import Source
 from rl.tools import signatures
 
 if TYPE_CHECKING:

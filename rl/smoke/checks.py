@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rl import attention_check, record, smoke_steps
+from rl import attention_check, record
 from rl import device as devices
+from rl.smoke import steps
 
 if TYPE_CHECKING:
     import torch
@@ -151,7 +152,7 @@ def gradient(bench: Bench, autocast: str | None = None) -> Found:
 
     from rl import models, start
 
-    begin = start.find(smoke_steps.make_config(bench.device, "sft"), bench.folder, None)
+    begin = start.find(steps.make_config(bench.device, "sft"), bench.folder, None)
     generator = torch.Generator().manual_seed(SEED)
     ids = torch.randint(2, 17, (3, 12), generator=generator)
     mask = (torch.arange(12)[None] >= torch.tensor([[0], [4], [7]])).long()
@@ -174,8 +175,8 @@ def parity(bench: Bench, shared: bool) -> Found:
     """The check that every run makes at its start, in the sampler's dtype that runs take on this backend."""
     from rl.rollouts.parity import TOLERANCE
 
-    config = smoke_steps.make_config(bench.device, "grpo", lora=shared, shared=shared)
-    sides = smoke_steps.both_sides(config, bench.folder, bench.device)
+    config = steps.make_config(bench.device, "grpo", lora=shared, shared=shared)
+    sides = steps.both_sides(config, bench.folder, bench.device)
     sampler = sides.sampler
     found = sampler.check(sides.policy, len(sides.tokenizer))
     held = "packed" if sampler.packed else sampler.dtype
@@ -194,8 +195,8 @@ def train(bench: Bench, algorithm: str, lora: bool, **autocast: bool) -> Found:
     """
     from rl.rollouts.parity import compare, probe
 
-    config = smoke_steps.make_config(bench.device, algorithm, lora=lora, dtype="float32", **autocast)
-    step = smoke_steps.take(smoke_steps.make_job(config, bench.folder, bench.device))
+    config = steps.make_config(bench.device, algorithm, lora=lora, dtype="float32", **autocast)
+    step = steps.take(steps.make_job(config, bench.folder, bench.device))
     job, differences = step.job, [0.0]
     if job.sampler is not None:
         job.sampler.sync(job.model)
@@ -228,15 +229,15 @@ def varying_lengths(bench: Bench) -> Found:
 
     On MPS what the driver holds, elsewhere a peak (`rl.device.memory_bytes`).
     """
-    config = smoke_steps.make_config(bench.device, "sft", max_steps=20, dtype="float32")
-    job = smoke_steps.make_job(config, bench.folder, bench.device)
+    config = steps.make_config(bench.device, "sft", max_steps=20, dtype="float32")
+    job = steps.make_job(config, bench.folder, bench.device)
     lengths = [10 + 9 * (7 * i % 20) for i in range(20)]  # 10 to 181 tokens, in no order
     job.train = [
         {"prompt": "1" * (length - 3) + "=", "completion": "12"} for length in lengths for _ in range(8)
     ]  # a batch of 8 rows is of one length
     seen: list[float] = []
     job.hooks.metrics = lambda step, values: seen.append(devices.memory_bytes(bench.device) / MIB)
-    outcome = smoke_steps.trainer_of(job)(job)
+    outcome = steps.trainer_of(job)(job)
     return Found(
         f"{seen[4]:,.0f} MiB after 5 steps, {seen[-1]:,.0f} after {outcome.steps}", "none", outcome.steps == 20
     )

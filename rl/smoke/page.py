@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from rl import measured, record
 
 if TYPE_CHECKING:
-    from rl.smoke import Row
+    from rl.smoke.command import Row
 
 
 def markdown(rows: "Iterable[Row]", summary: str, root: Path) -> str:

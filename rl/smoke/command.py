@@ -16,14 +16,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rl import device as devices
-from rl import files, smoke_checks, smoke_page, smoke_steps
+from rl import files
 from rl.errors import RunFailed, UserError
-from rl.smoke_checks import Bench, Check, Found
+from rl.smoke import checks, page, steps
+from rl.smoke.checks import Bench, Check, Found
 
 if TYPE_CHECKING:
     import torch
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 LOG_WIDTH = 180  # columns where no terminal says how many it has
 # what torch says when MPS lacks an operator and the CPU takes it
 FALLBACK = re.compile(r"operator '([^']+)' is not currently supported on the MPS backend and will fall back")
@@ -58,11 +59,10 @@ def main(root: Path = ROOT) -> int:
     with (
         tempfile.TemporaryDirectory(prefix="duet-smoke-") as folder,
         console.status("") as status,
-        smoke_steps.without_garbage(),
+        steps.without_garbage(),
     ):
         bench = Bench(device, Path(folder), devices.memory_bytes(device))
-        checks = smoke_checks.checks(device)
-        rows = list(run(checks, bench, lambda name: status.update(f"{name} ..."), fallen))
+        rows = list(run(checks.checks(device), bench, lambda name: status.update(f"{name} ..."), fallen))
     if device.type == "mps":
         rows.append(Row("operations that fell back to the CPU", fallbacks(fallen), 0.0))
     failed = [row.name for row in rows if not row.found.ok]
@@ -78,10 +78,10 @@ def main(root: Path = ROOT) -> int:
     )
     written = [Path("build", "smoke.md")]
     if device.type == "mps":
-        written.append(Path("evals", "published", f"mps-{smoke_page.chip_name()}.md"))
-    page = smoke_page.markdown(rows, summary, root)
+        written.append(Path("evals", "published", f"mps-{page.chip_name()}.md"))
+    text = page.markdown(rows, summary, root)
     for path in written:
-        files.write_text(root / path, page)
+        files.write_text(root / path, text)
     print(f"table, machine and versions: {' and '.join(map(str, written))}")
     print(summary, flush=True)
     if failed:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from rl import trl_fields
-from rl.config_read import Source
+from rl.config.reading import Source
 
 if TYPE_CHECKING:
     from rl.config import Config

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from rl import trl_fields
 from rl.algorithms import GROUPED, PREFERENCES
-from rl.config_read import Source, Where
+from rl.config.reading import Source, Where
 
 if TYPE_CHECKING:
     from rl.config import Config

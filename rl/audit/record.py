@@ -20,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from rl import audit_kernels as kernels
+from rl.audit import kernels
 
 # MPS has no such tensors
 ABSENT_DTYPES = (torch.float64, torch.complex128)

@@ -10,9 +10,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from rl import algorithms, config_builds, config_checks, trl_fields
-from rl.config_read import Source, about, key, keys_of, place, plain, read, read_toml, with_overrides
-from rl.config_text import reference
+from rl import algorithms, trl_fields
+from rl.config import builds, checks
+from rl.config.reading import Source, about, key, keys_of, place, plain, read, read_toml, with_overrides
+from rl.config.text import reference
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -309,7 +310,7 @@ def _load(path: Path, overrides: Sequence[str], chain: tuple[Path, ...]) -> Conf
     config: Config = read(Config, tables, source, also={"path": path})
     trl_fields.check(config.trainer.algorithm, config.trainer.args, source)
     config = _with_recipe(config, tables)
-    config_checks.check(config, source)
+    checks.check(config, source)
     chain = (*chain, path)
     for dotted, other in builds_on(config).items():
         where = place(dotted)
@@ -319,7 +320,7 @@ def _load(path: Path, overrides: Sequence[str], chain: tuple[Path, ...]) -> Conf
         if other.resolve() in seen:
             circle = [*chain[seen.index(other.resolve()) :], other]
             raise source.error(where, "configs build on each other: " + " -> ".join(p.name for p in circle))
-        config_builds.check_parent(where, _load(other, (), chain), source, config.trainer.algorithm)
+        builds.check_parent(where, _load(other, (), chain), source, config.trainer.algorithm)
     return _decided(config)
 
 

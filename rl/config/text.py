@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import MISSING, Field, fields
 from typing import Any
 
-from rl.config_read import keys_of, table_of, type_name
+from rl.config.reading import keys_of, table_of, type_name
 
 
 def reference(cls: type, table: str = "") -> str:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from rl import trl_fields
-from rl.config_read import Source
+from rl.config.reading import Source
 
 if TYPE_CHECKING:
     from rl.config import Config

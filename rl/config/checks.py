@@ -11,19 +11,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rl import (
-    config_builds,
-    config_mix,
-    config_ppo,
-    config_preferences,
-    config_tools,
-    models,
-    names,
-    reporting,
-    trl_fields,
-)
+from rl import models, names, reporting, trl_fields
 from rl.algorithms import GROUPED, ONLINE, PREFERENCES, defaults
-from rl.config_read import Source
+from rl.config import builds, mix, ppo, preferences, tools
+from rl.config.reading import Source
 from rl.errors import UserError
 
 if TYPE_CHECKING:
@@ -53,24 +44,24 @@ def check(config: Config, source: Source) -> None:
     if not NAME.fullmatch(config.run.name):
         valid = "valid: up to 100 letters, digits, '.', '_', '-', beginning with a letter or digit (it names a folder)"
         raise source.error(("run", "name"), f"found {config.run.name!r}, {valid}")
-    config_builds.check(config, source)
+    builds.check(config, source)
     reporting.check(config, source)
     _check_model(config, source)
     check_data(config, source)
-    config_mix.check(config, source)
+    mix.check(config, source)
     _check_rollout(config, source)
-    config_tools.check(config, source)
+    tools.check(config, source)
     _check_rewards(config, source)
     _check_trainer(config, source)
     if config.trainer.algorithm in ONLINE:
         _check_recipe(config, source)
         if config.trainer.algorithm == "ppo":
-            config_ppo.check(config, source)
-            _check_save_steps(config.trainer.args, config_ppo.period(config.trainer.args), source)
+            ppo.check(config, source)
+            _check_save_steps(config.trainer.args, ppo.period(config.trainer.args), source)
         elif config.trainer.algorithm in GROUPED:
             _check_grpo(config, source)
     if config.trainer.algorithm in (*PREFERENCES, "online_dpo"):
-        config_preferences.check(config, source)
+        preferences.check(config, source)
 
 
 def generation_period(args: dict[str, Any]) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from rl.algorithms import ONLINE
-from rl.config_read import Source
+from rl.config.reading import Source
 from rl.errors import UserError
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ def check(config: Config, source: Source) -> None:
 
 
 def _check_mix(config: Config, source: Source) -> None:
-    from rl import config_checks
+    from rl.config import checks
     from rl.data import mix
 
     data, algorithm = config.data, config.trainer.algorithm
@@ -37,7 +37,7 @@ def _check_mix(config: Config, source: Source) -> None:
             raise source.error(where, f"found {total}, of which a [[data.mix]] gets no row, {valid}")
     for i, part in enumerate(mix.parts(config)):
         try:
-            config_checks.check_data(part, source)
+            checks.check_data(part, source)
         except UserError as error:
             raise UserError(str(error).replace("[data]", f"[[data.mix]] {i}", 1)) from None
 
