@@ -161,8 +161,25 @@ def test_a_script_asks_a_run_through_a_pipe(
     policy = models.load_policy(tiny_base, "float32", "cpu")
     out = policy.generate(input_ids=prompt, max_new_tokens=4, do_sample=False)[0, prompt.shape[1] :]
     said = tokenizer.decode(out, skip_special_tokens=True)
-    assert capsys.readouterr().out.splitlines() == [said, "(both answer)", f"run: {said}", f"base: {said}"]
+    shown = capsys.readouterr()
+    assert shown.out.splitlines() == [said, "(both answer)", f"run: {said}", f"base: {said}"]
+    assert "note:" not in shown.err
     with pytest.raises(UserError, match=r"--temperature: found -1\.0, valid: ≥ 0"):
         command.main("demo", engine=engine, given={"temperature": -1.0}, max_tokens=4, seed=0, root=tmp_path)
     with pytest.raises(UserError, match="demi: no such run in models/final, did you mean 'demo'"):
         command.main("demi", engine=engine, given={}, max_tokens=4, seed=0, root=tmp_path)
+
+
+def test_a_run_with_tools_is_said_to_speak_without_them(
+    tiny_base: models.Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    folder = tmp_path / "models" / "final" / "demo"
+    shutil.copytree(tiny_base.path, folder)
+    run = replace(a_record(tiny_base), status="finished", base={"id": str(tiny_base.path), "sha256": "x"})
+    run.config["rollout"]["tools"] = ["rl.tools:calculator"]
+    record.save(run, folder)
+    monkeypatch.setattr("sys.stdin", io.StringIO(""))
+    assert command.main("demo", engine="mlx", given={}, max_tokens=4, seed=0, root=tmp_path) == 0
+    shown = capsys.readouterr()
+    assert "x was trained with rl.tools:calculator: chat has no tools" in shown.err
+    assert shown.out == ""

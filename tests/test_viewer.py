@@ -66,6 +66,7 @@ def test_filters(root: Path, given: dict[str, Any], wanted: list[str]) -> None:
         ({"reward": ["exct>1"]}, "did you mean 'exact'?"),
         ({"length": [">"]}, "--length: found '>', valid: a number"),
         ({"step": ["1..2..3"]}, "--step: found '1..2..3'"),
+        ({"step": ["3..1"]}, "--step: found '3..1', valid: from the lower to the higher, 1..3"),
         ({"sort": "size"}, "--sort: found 'size', valid: step, reward"),
     ],
 )

@@ -192,6 +192,11 @@ def main(
     given = {name: value for name, value in given.items() if value is not None}
     _check(given)
     rollout = run.config.get("rollout", {})
+    if named := ", ".join([*(rollout.get("tools") or ()), *filter(None, [rollout.get("environment")])]):
+        said = (
+            f"{run.name} was trained with {named}: chat has no tools, `samples {run.name}` shows what it does with them"
+        )
+        print(f"note: {said}", file=sys.stderr)
     from rl.rollouts.result import Sampling  # here: torch comes with its package, and takes seconds
 
     sampling = replace(

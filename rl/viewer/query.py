@@ -57,6 +57,8 @@ def condition(option: str, text: str) -> Callable[[float], bool]:
             low, high = float(match[1]), float(match[2])
         except ValueError:
             low = high = None
+        if low is not None and low > high:
+            raise UserError(f"{option}: found {text!r}, valid: from the lower to the higher, {match[2]}..{match[1]}")
         if low is not None:
             return lambda value: low <= value <= high
     if match := CONDITION.fullmatch(text):
