@@ -39,6 +39,8 @@ def find(dotted: str, kind: str) -> Node | str | None:
         return None
     wanted = Function if kind == "function" else ast.ClassDef
     known = [node.name for node in tree.body if isinstance(node, wanted) and not node.name.startswith("_")]
+    shown = (other for other in _exported(tree) if other not in (name, *known))
+    known += [other for other in shown if other[:1].isupper() == (kind == "class")]  # by habit: looked up nowhere
     return f"'{module}' has no {kind} '{name}'{near(name, known)}; it has: {', '.join(known) or 'none'}"
 
 
@@ -57,6 +59,14 @@ def _source(module: str) -> Path | str | None:
     if spec is None:
         return f"there is no module '{module}' (looked for from '{Path.cwd()}')"
     return Path(spec.origin) if spec.origin and spec.origin.endswith(".py") else None
+
+
+def _exported(tree: ast.Module) -> list[str]:
+    """The names in the module's `__all__`, which may come from other modules."""
+    for node in tree.body:
+        if isinstance(node, ast.Assign) and [n.id for n in node.targets if isinstance(n, ast.Name)] == ["__all__"]:
+            return [n.value for n in ast.walk(node.value) if isinstance(n, ast.Constant) and isinstance(n.value, str)]
+    return []
 
 
 def _may_be_made(tree: ast.Module, name: str) -> bool:

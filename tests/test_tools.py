@@ -239,6 +239,7 @@ class Wrong:
         ("bad_tools:many", "takes *args"),
         ("bad_tools:later", "is async"),
         ("bad_tools:fin", "has no function 'fin', did you mean 'fine'?"),
+        ("rl.tools:calculater", "has no function 'calculater', did you mean 'calculator'?; it has: calculator"),
         ("bad_tools:Still", "is a class"),
         ("bad_tools", "valid: 'module:function'"),
         ("no_such_tools:x", "there is no module 'no_such_tools'"),
