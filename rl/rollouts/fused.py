@@ -22,32 +22,37 @@ class Product:
 
     def __init__(self) -> None:
         self.state: dict[str, mx.array] = {}  # weight (and scales, biases), bias, a and b: what compiled steps read
-        self.seen: list[Any] = []  # the layers' arrays that `state` was made of
+        self.bases: list[Any] = []  # the layers' arrays that `state` was made of
+        self.adapters: list[Any] = []
         self.settings: dict[str, Any] = {}
 
     def refresh(self, layers: Sequence[nn.Module]) -> bool:
         """Take over the layers' weights if any of them is another array than at the last call; whether one was."""
         bases = [layer.linear if "lora_a" in layer else layer for layer in layers]
         names = QUANTIZED if "scales" in bases[0] else QUANTIZED[:1]
-        seen = [base[name] for base in bases for name in names]
-        seen += [layer.get(name) for layer, base in zip(layers, bases, strict=True) for name in ("lora_a", "lora_b")]
-        seen += [base.get("bias") for base in bases]
-        if len(seen) == len(self.seen) and all(new is old for new, old in zip(seen, self.seen, strict=True)):
-            return False
-        self.state.clear()  # in place: compiled steps hold the dictionary
-        if "scales" in bases[0]:
-            self.settings = {name: getattr(bases[0], name) for name in ("group_size", "bits", "mode")}
+        weights = _arrays(bases, (*names, "bias"))
+        adapters = _arrays(layers, ("lora_a", "lora_b"))
+        new_bases, new_adapters = not _same(weights, self.bases), not _same(adapters, self.adapters)
         sizes = [base["weight"].shape[0] for base in bases]
-        for name in names:
-            self._join(name, bases, sizes)
-        if any("bias" in base for base in bases):
-            kind = bases[0]["scales" if "scales" in bases[0] else "weight"].dtype
-            parts = [base.get("bias", mx.zeros(size, kind)) for base, size in zip(bases, sizes, strict=True)]
-            self.state["bias"] = mx.concatenate(parts)
-        if any("lora_a" in layer for layer in layers):
-            self._join_adapters(layers, sizes)
-        self.seen = [base[name] for base in bases for name in names] + seen[len(names) * len(bases) :]
-        return True
+        # in place: compiled steps hold the dictionary
+        if new_bases:
+            self.state.clear()
+            if "scales" in bases[0]:
+                self.settings = {name: getattr(bases[0], name) for name in ("group_size", "bits", "mode")}
+            for name in names:
+                self._join(name, bases, sizes)
+            if any("bias" in base for base in bases):
+                kind = bases[0]["scales" if "scales" in bases[0] else "weight"].dtype
+                parts = [base.get("bias", mx.zeros(size, kind)) for base, size in zip(bases, sizes, strict=True)]
+                self.state["bias"] = mx.concatenate(parts)
+            self.bases = _arrays(bases, (*names, "bias"))
+        if new_bases or new_adapters:  # after a sync of an adapter the base stays where it is
+            for name in ("a", "b"):
+                self.state.pop(name, None)
+            if any("lora_a" in layer for layer in layers):
+                self._join_adapters(layers, sizes)
+            self.adapters = adapters
+        return new_bases or new_adapters
 
     def _join(self, name: str, bases: Sequence[nn.Module], sizes: Sequence[int]) -> None:
         if len(bases) == 1:
@@ -112,18 +117,25 @@ class Fused:
 
     def refresh(self, model: nn.Module) -> None:
         """Take over what a sync, or a new adapter, has changed since the last time; under a millisecond if nothing."""
+        kind, changed = model.model.norm.weight.dtype, []
         for layer, module in zip(self.layers, model.model.layers, strict=True):
-            changed = [product for product, parts in layer.products(module) if product.refresh(parts)]
-            if changed:
-                kind = model.model.norm.weight.dtype
-                for product in changed:
-                    product.state |= {n: product.state[n].astype(kind) for n in ("a", "b") if n in product.state}
-                mx.eval([product.state for product in changed])
+            changed += [product for product, parts in layer.products(module) if product.refresh(parts)]
+        for product in changed:
+            product.state |= {n: product.state[n].astype(kind) for n in ("a", "b") if n in product.state}
+        mx.eval([product.state for product in changed])  # once: each wait costs a GPU more than its work
 
     @property
     def state(self) -> list[dict[str, mx.array]]:
         """All arrays, as an input of compiled steps."""
         return [p.state for layer in self.layers for p in (layer.qkv, layer.o, layer.gate_up, layer.down)]
+
+
+def _arrays(layers: Sequence[nn.Module], names: Sequence[str]) -> list[Any]:
+    return [layer.get(name) for layer in layers for name in names]
+
+
+def _same(new: Sequence[Any], old: Sequence[Any]) -> bool:
+    return len(new) == len(old) and all(a is b for a, b in zip(new, old, strict=True))
 
 
 def rest(model: nn.Module) -> list[Any]:
