@@ -39,3 +39,34 @@ def error_of(folder: Path, text: str = GRPO, *overrides: str) -> str:
         load(write(folder, text), overrides)
     assert "\n" not in str(caught.value)
     return str(caught.value).replace(f"{folder}/", "")
+
+
+def tiny_run(
+    algorithm: str,
+    *,
+    most: int,
+    train_size: int,
+    size: int,
+    completion: int = 3,
+    model: str = "",
+    data: str = "",
+    rollout: str = "",
+    rewards: str = "",
+    trainer: str = "",
+    metric: str = "strict",
+) -> str:
+    """A whole run of a random model of 2 layers on sums of numbers up to `most`, with {name} to fill in.
+
+    `model`, `data`, `rollout` and `trainer` are further lines of their tables, `rewards` whole tables.
+    """
+    lines = (
+        *("[run]", 'name = "{name}"', 'device = "cpu"'),
+        *("[model]", 'base = "tiny"', model),
+        *("[model.tiny]", "hidden = 32", "layers = 2", "intermediate = 64"),
+        *("[data]", 'source = "arithmetic"', 'form = "char"', f"max_a = {most}", f"max_b = {most}"),
+        *(f"train_size = {train_size}", data),
+        *("[rollout]", f"max_completion_length = {completion}", rollout, rewards),
+        *("[trainer]", f'algorithm = "{algorithm}"', trainer),
+        *("[eval]", f"size = {size}", f'metric = "{metric}"'),
+    )
+    return "\n".join(line for line in lines if line) + "\n"

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from config_helper import tiny_run
 from hypothesis import given
 from hypothesis import strategies as st
 from preference_helper import built, make_config, make_job
@@ -125,35 +126,16 @@ def test_rows_that_were_not_sampled_are_named(tiny_base: models.Base, tmp_path: 
         bon.train(job)
 
 
-RUN = """
-[run]
-name = "{name}"
-device = "cpu"
-[model]
-base = "tiny"
-[model.tiny]
-hidden = 32
-layers = 2
-intermediate = 64
-[data]
-source = "arithmetic"
-form = "char"
-max_a = 9
-max_b = 9
-train_size = 24
-[rollout]
-max_completion_length = 6
-samples = 64
-[trainer]
-algorithm = "bon"
-per_device_train_batch_size = 4
-learning_rate = 5e-3
-max_steps = 5
-save_steps = 2
-[eval]
-size = 8
-metric = "lenient"
-"""
+RUN = tiny_run(
+    "bon",
+    most=9,
+    train_size=24,
+    size=8,
+    completion=6,
+    rollout="samples = 64",
+    trainer="per_device_train_batch_size = 4\nlearning_rate = 5e-3\nmax_steps = 5\nsave_steps = 2",
+    metric="lenient",
+)
 
 
 def test_a_run_samples_once_and_resumes_to_the_same_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from config_helper import error_of
+from config_helper import error_of, tiny_run
 from online_helper import inputs, make_trainer
 from online_helper import make_job as online_job
 from preference_helper import PAIRS, disturb, logp, make_config, make_job, plain
@@ -19,37 +19,18 @@ from rl import config, data, models, pairs, start, train
 from rl.algorithms import dpo, grpo, offline, rloo
 from rl.errors import UserError
 
-BASE = """
-[run]
-name = "{name}"
-device = "cpu"
-[model]
-base = "tiny"
-{model}
-[model.tiny]
-hidden = 32
-layers = 2
-intermediate = 64
-[data]
-source = "arithmetic"
-form = "char"
-max_a = 9
-max_b = 9
-train_size = 16
-{data}
-[rollout]
-max_completion_length = 3
-samples = 32
-{rewards}
-[trainer]
-algorithm = "{algorithm}"
-per_device_train_batch_size = {batch}
-max_steps = 2
-{trainer}
-[eval]
-size = 8
-metric = "lenient"
-"""
+BASE = tiny_run(
+    "{algorithm}",
+    most=9,
+    train_size=16,
+    size=8,
+    model="{model}",
+    data="{data}",
+    rollout="samples = 32",
+    rewards="{rewards}",
+    trainer="per_device_train_batch_size = {batch}\nmax_steps = 2\n{trainer}",
+    metric="lenient",
+)
 GRPO = "num_generations = 4\nbeta = 0.1\nsteps_per_generation = 1\n"
 LEARNED = '[[reward]]\nname = "model"\nmodel = "reward.toml"\n[[reward]]\nname = "exact"\nweight = 0.0\n'
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from config_helper import tiny_run
 from preference_helper import LABELLED, PAIRS, built, disturb, logp, loss_of, make_config, make_job, plain
 from run_helper import train_until_ctrl_c
 from safetensors.numpy import load_file
@@ -234,36 +235,16 @@ def test_loss_names_are_those_of_trls_source() -> None:
 
 # --- whole runs, which sample their pairs themselves
 
-RUN = """
-[run]
-name = "{name}"
-device = "cpu"
-[model]
-base = "tiny"
-{lora}
-[model.tiny]
-hidden = 32
-layers = 2
-intermediate = 64
-[data]
-source = "arithmetic"
-form = "char"
-max_a = 9
-max_b = 9
-train_size = 24
-[rollout]
-max_completion_length = 3
-samples = 32
-[trainer]
-algorithm = "{algorithm}"
-per_device_train_batch_size = 4
-learning_rate = 5e-3
-max_steps = 5
-save_steps = 2
-[eval]
-size = 8
-metric = "lenient"
-"""
+RUN = tiny_run(
+    "{algorithm}",
+    most=9,
+    train_size=24,
+    size=8,
+    model="{lora}",
+    rollout="samples = 32",
+    trainer="per_device_train_batch_size = 4\nlearning_rate = 5e-3\nmax_steps = 5\nsave_steps = 2",
+    metric="lenient",
+)
 LORA = "[model.lora]\nrank = 4\nalpha = 8.0"
 
 

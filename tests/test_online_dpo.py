@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from config_helper import GRPO, error_of, write
+from config_helper import GRPO, error_of, tiny_run, write
 from hypothesis import given
 from hypothesis import strategies as st
 from online_helper import logged, make_job
@@ -192,38 +192,16 @@ def test_settings(tmp_path: Path) -> None:
     assert "it is an argument of algorithm 'grpo'" in error_of(tmp_path, TEXT, "trainer.num_generations=4")
 
 
-RUN = """
-[run]
-name = "{name}"
-device = "cpu"
-[model]
-base = "tiny"
-[model.tiny]
-hidden = 32
-layers = 2
-intermediate = 64
-[data]
-source = "arithmetic"
-form = "char"
-max_a = 9
-max_b = 9
-train_size = 20
-[rollout]
-max_completion_length = 3
-samples = 4
-[[reward]]
-name = "length"
-target = 1
-[trainer]
-algorithm = "online_dpo"
-per_device_train_batch_size = 4
-gradient_accumulation_steps = 2
-learning_rate = 5e-3
-max_steps = 7
-save_steps = 2
-[eval]
-size = 8
-"""
+RUN = tiny_run(
+    "online_dpo",
+    most=9,
+    train_size=20,
+    size=8,
+    rollout="samples = 4",
+    rewards='[[reward]]\nname = "length"\ntarget = 1',
+    trainer="per_device_train_batch_size = 4\ngradient_accumulation_steps = 2\nlearning_rate = 5e-3\n"
+    "max_steps = 7\nsave_steps = 2",
+)
 
 
 def test_a_run_resumes_to_the_same_weights_in_another_epoch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from config_helper import tiny_run
 from online_helper import logged
 from ppo_helper import build, off_policy, ppo_job, weights
 from run_helper import train_until_ctrl_c
@@ -87,40 +88,15 @@ def test_a_checkpoint_of_other_models_is_refused(tiny_base: models.Base, tmp_pat
 
 # --- resume
 
-RUN = """
-[run]
-name = "{name}"
-device = "cpu"
-[model]
-base = "tiny"
-[model.tiny]
-hidden = 32
-layers = 2
-intermediate = 64
-[data]
-source = "arithmetic"
-form = "char"
-max_a = 5
-max_b = 5
-train_size = 16
-[rollout]
-max_completion_length = 3
-[[reward]]
-name = "length"
-target = 1
-per_token = 0.5
-[trainer]
-algorithm = "ppo"
-per_device_train_batch_size = 2
-gradient_accumulation_steps = 2
-num_mini_batches = 2
-num_ppo_epochs = 2
-learning_rate = 5e-3
-max_steps = 12
-save_steps = 4
-[eval]
-size = 4
-"""
+RUN = tiny_run(
+    "ppo",
+    most=5,
+    train_size=16,
+    size=4,
+    rewards='[[reward]]\nname = "length"\ntarget = 1\nper_token = 0.5',
+    trainer="per_device_train_batch_size = 2\ngradient_accumulation_steps = 2\nnum_mini_batches = 2\n"
+    "num_ppo_epochs = 2\nlearning_rate = 5e-3\nmax_steps = 12\nsave_steps = 4",
+)
 
 
 def test_interrupted_and_resumed_is_bit_for_bit_uninterrupted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

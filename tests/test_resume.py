@@ -10,69 +10,28 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from config_helper import tiny_run
 from run_helper import train_until_ctrl_c
 from safetensors.numpy import load_file
 
 from rl import train
 from tests.tools_helper import ASCII
 
-GRPO = """
-[run]
-name = "{name}"
-device = "cpu"
-[model]
-base = "tiny"
-[model.tiny]
-hidden = 32
-layers = 2
-intermediate = 64
-[data]
-source = "arithmetic"
-form = "char"
-max_a = 5
-max_b = 5
-train_size = 6
-[rollout]
-max_completion_length = 3
-[[reward]]
-name = "length"
-target = 1
-per_token = 0.5
-[trainer]
-algorithm = "grpo"
-per_device_train_batch_size = 8
-num_generations = 4
-learning_rate = 5e-3
-{trainer}
-[eval]
-size = 4
-"""
-SFT = """
-[run]
-name = "{name}"
-device = "cpu"
-[model]
-base = "tiny"
-[model.tiny]
-hidden = 32
-layers = 2
-intermediate = 64
-[data]
-source = "arithmetic"
-form = "char"
-max_a = 5
-max_b = 5
-train_size = 12
-[rollout]
-max_completion_length = 3
-[trainer]
-algorithm = "sft"
-per_device_train_batch_size = 4
-learning_rate = 5e-3
-{trainer}
-[eval]
-size = 4
-"""
+GRPO = tiny_run(
+    "grpo",
+    most=5,
+    train_size=6,
+    size=4,
+    rewards='[[reward]]\nname = "length"\ntarget = 1\nper_token = 0.5',
+    trainer="per_device_train_batch_size = 8\nnum_generations = 4\nlearning_rate = 5e-3\n{trainer}",
+)
+SFT = tiny_run(
+    "sft",
+    most=5,
+    train_size=12,
+    size=4,
+    trainer="per_device_train_batch_size = 4\nlearning_rate = 5e-3\n{trainer}",
+)
 # the prompts hold what the environment says at reset, from a seed keyed by (run, step, prompt)
 PLAYED = GRPO.replace(
     'source = "arithmetic"\nform = "char"\nmax_a = 5\nmax_b = 5', 'source = "environment"\nform = "chat"'
