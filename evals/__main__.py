@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from evals import catalog, harness, measure, published, runs
+from rl.arguments import count
 from rl.display import Display
 from rl.errors import RunFailed, UserError
 
@@ -43,14 +44,14 @@ def parser() -> argparse.ArgumentParser:
         help="tasks, groups or patterns, separated by commas: ours (--list) or lm-eval's by name; TASK@8 draws "
         "8 samples a question for pass@k and majority@k (ours); default: heldout for runs, sums for other models",
     )
-    made.add_argument("--limit", type=_positive, metavar="N", help="ask only the first N questions of each task")
+    made.add_argument("--limit", type=count, metavar="N", help="ask only the first N questions of each task")
     made.add_argument(
         "--backend",
         choices=["auto", "mlx", "hf"],
         default="auto",
         help="auto: mlx where the engine knows the family and no --device is given, else hf",
     )
-    made.add_argument("--batch-size", type=_positive, default=32, metavar="N", help="sequences at once (default: 32)")
+    made.add_argument("--batch-size", type=count, default=32, metavar="N", help="sequences at once (default: 32)")
     made.add_argument("--device", choices=["auto", "mps", "cuda", "cpu"], default="auto", help="of the hf backend")
     made.add_argument("--dtype", choices=["float32", "float16", "bfloat16"], default="float32", help="default: float32")
     made.add_argument("--seed", type=int, default=0, metavar="N", help="of what lm-eval draws (default: 0)")
@@ -121,13 +122,6 @@ def _run(root: Path, jobs: list[measure.Job], settings: measure.Settings) -> Non
         display.note(f"{'went on, ' if done == 'resumed' else ''}wrote {where} ({seconds:.1f} s)")
 
 
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is not above 0")
-    return value
-
-
 def _all(root: Path) -> list[str]:
     names = runs.finished(root)
     if not names:
@@ -153,9 +147,9 @@ def _list(console: Console, root: Path, wanted: str | None) -> None:
         table.add_column(column)
     for task in tasks:
         size, lost = catalog.size(task), catalog.missing(task)
-        count = "each run's" if task.of_runs else "–" if size is None else str(size)
+        questions = "each run's" if task.of_runs else "–" if size is None else str(size)
         here = "each run keeps it" if task.of_runs else "here" if lost is None else "not here"
-        table.add_row(task.name, count, ", ".join(catalog.metrics(task)) or "lm-eval's default", here)
+        table.add_row(task.name, questions, ", ".join(catalog.metrics(task)) or "lm-eval's default", here)
     console.print(table)
     names = catalog.index(root)
     console.print(
@@ -174,6 +168,6 @@ if __name__ == "__main__":
     except UserError as error:
         sys.exit(print(f"error: {error}", file=sys.stderr) or 2)
     except RunFailed as error:
-        sys.exit(print(f"error: {error}", file=sys.stderr) or 1)
+        sys.exit(print(f"failed: {error}", file=sys.stderr) or 1)
     except KeyboardInterrupt:
-        sys.exit(130)
+        sys.exit(print("interrupted", file=sys.stderr) or 130)

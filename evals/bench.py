@@ -21,6 +21,7 @@ from typing import Any
 from evals import backends, runs
 from rl import device as devices
 from rl import files, measured, record
+from rl.arguments import count
 from rl.bench_models import prompt_texts, subject
 from rl.bench_table import ratios, spread
 from rl.errors import RunFailed, UserError
@@ -87,14 +88,14 @@ def parser() -> argparse.ArgumentParser:
         help=f"a run, a model folder, a hub id, or {', '.join(SHAPES)} (random but for smollm2); may be given again; "
         "default: smollm2",
     )
-    made.add_argument("--prompts", type=_positive, default=256, metavar="N", help="prompts to complete (default: 256)")
-    made.add_argument("--prompt-tokens", type=_positive, default=64, metavar="N", help="of each (default: 64)")
-    made.add_argument("--new", type=_positive, default=64, metavar="N", help="new tokens of each (default: 64)")
-    made.add_argument("--batch-size", type=_positive, default=64, metavar="N", help="of both (default: 64)")
-    made.add_argument("--repeats", type=_positive, default=3, metavar="N", help="timed turns of each (default: 3)")
+    made.add_argument("--prompts", type=count, default=256, metavar="N", help="prompts to complete (default: 256)")
+    made.add_argument("--prompt-tokens", type=count, default=64, metavar="N", help="of each (default: 64)")
+    made.add_argument("--new", type=count, default=64, metavar="N", help="new tokens of each (default: 64)")
+    made.add_argument("--batch-size", type=count, default=64, metavar="N", help="of both (default: 64)")
+    made.add_argument("--repeats", type=count, default=3, metavar="N", help="timed turns of each (default: 3)")
     made.add_argument(
         "--seconds",
-        type=_positive,
+        type=count,
         metavar="N",
         help="begin nothing new after so many seconds; what was begun ends with one timed turn of each at least",
     )
@@ -327,10 +328,3 @@ def _command(sizes: Sizes, dtype: str, names: Sequence[str], seconds: int | None
     told = " ".join(f"--{key.replace('_', '-')} {value}" for key, value in asdict(sizes).items())
     told += f" --seconds {seconds}" if seconds else ""
     return f"python -m evals bench {' '.join(f'--model {name}' for name in names)} {told} --dtype {dtype}"
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is not above 0")
-    return value

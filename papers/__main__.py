@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from rl.arguments import count
 from rl.errors import RunFailed, UserError
 
 if TYPE_CHECKING:
@@ -154,9 +155,9 @@ def _run(argv: Sequence[str], root: Path) -> int:
 
 
 def _speed(made: argparse.ArgumentParser) -> None:
-    made.add_argument("--jobs", type=_count, metavar="N", help="runs at once (default: as many as the cores allow)")
-    made.add_argument("--threads", type=_count, default=2, metavar="N", help="cores of each run (default: 2)")
-    made.add_argument("--budget", type=_count, metavar="SECONDS", help="stop then; finished runs are kept")
+    made.add_argument("--jobs", type=count, metavar="N", help="runs at once (default: as many as the cores allow)")
+    made.add_argument("--threads", type=count, default=2, metavar="N", help="cores of each run (default: 2)")
+    made.add_argument("--budget", type=count, metavar="SECONDS", help="stop then; finished runs are kept")
     made.add_argument("--device", choices=["auto", "mps", "cuda", "cpu"], help="of every run (default: the config's)")
     made.add_argument("--again", action="store_true", help="also what has a valid result, which is replaced")
 
@@ -179,12 +180,6 @@ def _report(failed: dict[str, str]) -> int:
     for name, why in failed.items():
         print(f"failed: {name}: {why}", file=sys.stderr)
     return 1 if failed else 0
-
-
-def _count(text: str) -> int:
-    if not (text.isdecimal() and int(text) > 0):
-        raise argparse.ArgumentTypeError(f"found {text!r}, valid: a whole number ≥ 1")
-    return int(text)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from rl.arguments import count
 from rl.errors import RunFailed, UserError
 
 CONTROL = "DUET_CONTROL"  # rl.processes.CONTROL
@@ -216,12 +217,6 @@ def _completions(arguments: argparse.Namespace) -> int | None:
     )
 
 
-def _count(text: str) -> int:
-    if not (text.isdecimal() and int(text) > 0):
-        raise argparse.ArgumentTypeError(f"found {text!r}, valid: a whole number ≥ 1")
-    return int(text)
-
-
 def _seeds(text: str) -> tuple[int, ...]:
     """ "0,1,2" -> (0, 1, 2)."""
     parts = [part.strip() for part in text.split(",")]
@@ -248,9 +243,9 @@ def _parser() -> argparse.ArgumentParser:
     check = command("check", _check, "check a config and print every setting it resolves to")
     pairs = command("pairs", _pairs, "sample a config's start policy, write right and wrong completions as jsonl")
     plan = command("plan", _plan, "predict memory and time of a config, here or on another machine")
-    for added, count in ((train, None), (check, "?"), (pairs, None), (plan, "?")):
+    for added, many in ((train, None), (check, "?"), (pairs, None), (plan, "?")):
         added.add_argument(
-            "config", metavar="CONFIG", type=Path, nargs=count, help="a TOML file, e.g. configs/grpo.toml"
+            "config", metavar="CONFIG", type=Path, nargs=many, help="a TOML file, e.g. configs/grpo.toml"
         )
         added.add_argument(
             "--set",
@@ -274,11 +269,11 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--force", action="store_true", help="train even where the plan says that it does not fit")
     plan.add_argument("--memory", metavar="64GB", help="memory of the machine; this one's if not given")
     plan.add_argument("--chip", metavar="m4-max", help="Apple's or NVIDIA's chip; this machine's if not given")
-    plan.add_argument("--batch", type=_count, metavar="N", help="rows of a micro-batch, in place of the config's")
-    plan.add_argument("--prompt", type=_count, metavar="N", help="tokens of the longest prompt, where you know them")
+    plan.add_argument("--batch", type=count, metavar="N", help="rows of a micro-batch, in place of the config's")
+    plan.add_argument("--prompt", type=count, metavar="N", help="tokens of the longest prompt, where you know them")
     plan.add_argument("--table", action="store_true", help="write docs/memory.md: what fits, and how right plans are")
     plan.add_argument("--measure", nargs="*", metavar="CASE", help="run cases of rl/plan/cases.py, all if none named")
-    plan.add_argument("--budget", type=_count, metavar="SECONDS", help="of --measure: begin none that would end later")
+    plan.add_argument("--budget", type=count, metavar="SECONDS", help="of --measure: begin none that would end later")
     plan.add_argument(
         "--out", type=Path, default=Path("evals/published/plan"), metavar="FOLDER", help="of --measure: its records"
     )
@@ -299,7 +294,7 @@ def _parser() -> argparse.ArgumentParser:
         "--shape", action="append", choices=("tiny", "smollm2", "1.7b"), help="model, tiny if none; may be repeated"
     )
     bench.add_argument("--quick", action="store_true", help="scaled down, to see that it runs; judges nothing")
-    bench.add_argument("--repeats", type=_count, metavar="N", help="turns of each contestant, 5 (2 with --quick)")
+    bench.add_argument("--repeats", type=count, metavar="N", help="turns of each contestant, 5 (2 with --quick)")
     bench.add_argument(
         "--dtype", choices=("float32", "float16", "bfloat16"), help="of all contestants; float32 on a CPU, else float16"
     )
@@ -310,7 +305,7 @@ def _parser() -> argparse.ArgumentParser:
         help="only this; may be repeated; peers, other MLX trainers on SmolLM2-135M, only when asked for",
     )
     bench.add_argument(
-        "--budget", type=_count, metavar="SECONDS", help="a shape's time; 240 on a GPU, no bound on a CPU if not given"
+        "--budget", type=count, metavar="SECONDS", help="a shape's time; 240 on a GPU, no bound on a CPU if not given"
     )
     bench.add_argument(
         "--peers-path",
@@ -337,7 +332,7 @@ def _parser() -> argparse.ArgumentParser:
     chat.add_argument("--engine", choices=("mlx", "torch"), default="mlx", help="who decodes; mlx if not given")
     for option, kind in (("temperature", float), ("top-p", float), ("top-k", int), ("min-p", float)):
         chat.add_argument(f"--{option}", type=kind, metavar="X", help="in place of the run's own setting")
-    chat.add_argument("--max-tokens", type=_count, metavar="N", help="of an answer; the run's own if not given")
+    chat.add_argument("--max-tokens", type=count, metavar="N", help="of an answer; the run's own if not given")
     chat.add_argument("--seed", type=int, default=0, metavar="N", help="of what is drawn")
     chat.add_argument("--plain", action="store_true", help="continue each line as it is, without the chat template")
     samples = command("samples", _samples, "held-out answers before and after training, as a page and as Markdown")
@@ -353,7 +348,7 @@ def _parser() -> argparse.ArgumentParser:
     look.add_argument(
         "--sort", metavar="COLUMN", help="step, reward, advantage or length; --sort=-reward: highest first"
     )
-    look.add_argument("--limit", type=_count, metavar="N", help="at most so many; in the terminal 20 if not given")
+    look.add_argument("--limit", type=count, metavar="N", help="at most so many; in the terminal 20 if not given")
     look.add_argument("--whole", action="store_true", help="whole prompts and completions")
     look.add_argument("--steps", action="store_true", help="one line a step in place of the completions")
     look.add_argument("--html", type=Path, metavar="FILE", help="write one page that needs no network")

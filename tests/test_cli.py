@@ -1,5 +1,6 @@
 """`python -m rl` in processes of its own: exit codes, one line on stderr, speed, and nothing imported or written."""
 
+import argparse
 import os
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from rl import __main__ as cli
+from rl import arguments
 from rl.config import load
 from rl.errors import RunFailed, UserError
 
@@ -199,3 +201,11 @@ def test_exit_codes(
         stand_in(monkeypatch, module, main=main)
         assert cli.main([name]) == code
         assert capsys.readouterr().err == line
+
+
+@pytest.mark.parametrize("text", ["0", "-1", "x", "1.5", ""])
+def test_a_count_is_refused_in_the_same_words_by_every_command(text: str) -> None:
+    """Trap: argparse says "invalid _positive value" of a ValueError."""
+    assert arguments.count("12") == 12
+    with pytest.raises(argparse.ArgumentTypeError, match=f"found '{text}', valid: a whole number ≥ 1"):
+        arguments.count(text)
