@@ -145,7 +145,7 @@ def test_a_completion_does_not_depend_on_its_neighbours(
     engine = Engine(sampler, eos, max_batch=max_batch, max_batch_tokens=tokens, grouped=grouped, compiled=fixed)
     engine.look_every = look_every
     if fixed:
-        engine.step = lambda *sizes: engines.decode_step(sampler, engine.layout, *sizes)
+        engine.step = lambda sampling: engines.decode_step(sampler, engine.layout, sampling)
     if tokens is not None and max(map(len, prompts)) + shared + 7 > tokens:
         tokens = engine.max_batch_tokens = 60
     done = engine.generate(prompts, how, max_tokens=7, seed=seed)
@@ -186,8 +186,8 @@ def test_a_long_completion_does_not_hold_the_waiting(llama: tuple[Any, Any], mon
     steps = 0
     real = engines.decode_step
 
-    def counted(*sizes: Any) -> Any:
-        step = real(*sizes)
+    def counted(*of: Any) -> Any:
+        step = real(*of)
 
         def run(*arrays: Any) -> Any:
             nonlocal steps

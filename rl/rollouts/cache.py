@@ -11,6 +11,7 @@ Two layouts of the same thing:
   are the floor (GPUs).
 """
 
+from collections.abc import Iterable
 from typing import Any
 
 import mlx.core as mx
@@ -32,6 +33,8 @@ def bytes_per_token(model: Any) -> int:
 
 class Grouped:
     """`prompt` keys (P, kv_heads, L, D) once a group; `own` keys (B, kv_heads, W, D) of each row's drawn tokens."""
+
+    joined = False
 
     def __init__(self, max_tokens: int) -> None:
         self.prompt: tuple[Arrays, Arrays] = ([], [])
@@ -149,6 +152,8 @@ class Grouped:
 class Joined:
     """Keys (B, kv_heads, L + W, D): L columns of the row's prompt, then its ring."""
 
+    joined = True
+
     def __init__(self, max_tokens: int) -> None:
         self.own: tuple[Arrays, Arrays] = ([], [])
         self.group = np.zeros(0, np.int64)
@@ -236,28 +241,36 @@ class Joined:
 
 
 def masks(
-    windows: set[int | None], length_B: mx.array, age_B: mx.array, now: mx.array, width: int, used: int, ring: int
-) -> dict[int | None, mx.array]:
-    """What each row's coming token sees, (B, 1, width + used) for each window: its prompt, and its own drawn tokens.
+    windows: Iterable[int | None],
+    length_B: mx.array,
+    age_T_B: np.ndarray,
+    now_T: np.ndarray,
+    width: int,
+    used: int,
+    ring: int,
+) -> list[mx.array]:
+    """What each row's coming token sees at each of T steps, (T, B, 1, width + used) for each window: its prompt, and
+    its own drawn tokens.
 
-    `age_B` is how many tokens the row has stored before this one; `ring` is the period of the columns, of which `used`
-    are looked at. The coming token always sees itself, so no row is without anything to see.
+    `age_T_B` is how many tokens the row has stored before that one; `ring` is the period of the columns, of which
+    `used` are looked at. The coming token always sees itself, so no row is without anything to see.
     """
+    back_T_U = mx.array(
+        ((now_T[:, None] - np.arange(used)[None]) % ring).astype(np.int32)
+    )  # steps since it was written
+    age = mx.array(age_T_B.astype(np.int32))
+    shape = age.shape
     prompt_L = mx.arange(width)[None]
-    back_U = (now - mx.arange(used) + ring) % ring  # steps since each column was written
-    seen = mx.concatenate(
-        [prompt_L < length_B[:, None], mx.broadcast_to(back_U[None] <= age_B[:, None], (len(age_B), used))], axis=1
-    )
-    out = {}
+    prompts = mx.broadcast_to((prompt_L < length_B[:, None])[None], (*shape, width))
+    seen = mx.concatenate([prompts, back_T_U[:, None] <= age[..., None]], axis=-1)
+    out = []
     for window in windows:
         near = seen
         if window is not None:
-            position_B = length_B + age_B
-            distance = mx.concatenate(
-                [position_B[:, None] - prompt_L, mx.broadcast_to(back_U[None], (len(age_B), used))], axis=1
-            )
+            to_prompt = (length_B + age)[..., None] - prompt_L
+            distance = mx.concatenate([to_prompt, mx.broadcast_to(back_T_U[:, None], (*shape, used))], axis=-1)
             near = seen & (distance < window)
-        out[window] = near[:, None]
+        out.append(near[:, :, None])
     return out
 
 

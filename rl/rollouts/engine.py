@@ -55,7 +55,7 @@ class Engine:
             attention.prepare()
         self.compiled = device.compiles_steps() if compiled is None else compiled
         self.look_every = device.steps_between_syncs()
-        self.steps: dict[tuple, Callable[..., Any]] = {}  # compiled steps by what they are compiled for
+        self.steps: dict[Sampling, Callable[..., Any]] = {}  # compiled steps
         self.totals = Totals()
 
     def generate(
@@ -101,43 +101,44 @@ class Engine:
         self.totals.add(sum(len(p) for p in prompts), new, time.perf_counter() - started)
         return done
 
-    def step(self, sampling: Sampling, max_tokens: int, width: int, used: int) -> Callable[..., Any]:
-        """A decode step for these sizes, compiled where the engine compiles."""
-        key = (sampling, max_tokens, width, used)
+    def step(self, sampling: Sampling) -> Callable[..., Any]:
+        """A decode step, compiled where the engine compiles."""
         if not self.compiled:
-            return decode_step(self.model, self.layout, *key)
-        if key not in self.steps:
+            return decode_step(self.model, self.layout, sampling)
+        if sampling not in self.steps:
             # the weights are an input: compiled in as constants they would stay those of the first sync
             products = fused.of(self.model)
             weights = [self.model.state] if products is None else [fused.rest(self.model), products.state]
-            self.steps[key] = mx.compile(decode_step(self.model, self.layout, *key), inputs=weights)
-        return self.steps[key]
+            self.steps[sampling] = mx.compile(decode_step(self.model, self.layout, sampling), inputs=weights)
+        return self.steps[sampling]
 
 
-def decode_step(
-    model: Any, layout: type, sampling: Sampling | None, max_tokens: int, width: int, used: int
-) -> Callable[..., Any]:
+def decode_step(model: Any, layout: type, sampling: Sampling | None) -> Callable[..., Any]:
     """A function that stores one token of each row and draws the next: (tokens, logprobs, finite), each (B,), and the
-    cache's arrays. Without `sampling` it gives logits (B, V) instead of the three."""
+    cache's arrays. Without `sampling` it gives logits (B, V) instead of the three.
+
+    No number that changes from rollout to rollout is part of it: with CUDA each kernel that a number is compiled into
+    takes seconds to make.
+    """
     windows = model.args.windows
+    kinds = list(dict.fromkeys(windows))
 
     def step(
-        token_B: mx.array, now: mx.array, length_B: mx.array, born_B: mx.array, uniforms_B_T_2: mx.array, arrays: Any
+        token_B: mx.array,
+        position_B: mx.array,
+        seen: list[mx.array],
+        column: mx.array,
+        uniforms_B_2: mx.array | None,
+        arrays: Any,
     ) -> tuple[Any, Any]:
-        age_B = now - born_B
-        seen = cache.masks(set(windows), length_B, age_B, now, width, used, max_tokens)
-        column = now % max_tokens + (width if layout is cache.Joined else 0)
-
         def attend(layer: int, queries: mx.array, keys: mx.array, values: mx.array, scale: float) -> mx.array:
-            return layout.attend(arrays, layer, queries, keys, values, scale, column, seen[windows[layer]])
+            mask = seen[kinds.index(windows[layer])]
+            return layout.attend(arrays, layer, queries, keys, values, scale, column, mask)
 
-        hidden = hidden_states(model, token_B[:, None], length_B + age_B, attend)
+        hidden = hidden_states(model, token_B[:, None], position_B, attend)
         logits_B_V = head(model, hidden[:, -1])
         if sampling is None:
             return logits_B_V, arrays["own"]
-        # a row that goes on after its end, until the next look, has no numbers of its own left
-        coming_B = mx.minimum(age_B + 1, max_tokens - 1)
-        uniforms_B_2 = mx.take_along_axis(uniforms_B_T_2, coming_B[:, None, None], axis=1)[:, 0]
         return sample(logits_B_V, uniforms_B_2, sampling), arrays["own"]
 
     return step
@@ -291,22 +292,33 @@ class _Pool:
         self._note(rows, [drawn])
 
     def _decode(self) -> None:
-        """So many steps as lie between two looks, and the look."""
-        pending = []
-        length_B, born_B = self.length_B, mx.array(self.born.astype(np.int32))
-        for _ in range(self.engine.look_every):
-            if self.now >= self.layout.ring:
-                self.layout.grow(min(2 * self.layout.ring, self.max_tokens))
-            used = self.layout.ring if self.engine.compiled else min(self.now + 1, self.layout.ring)
-            step = self.engine.step(self.sampling, self.max_tokens, self.layout.width, used)
+        """So many steps as lie between two looks, and the look; what does not depend on what is drawn comes first."""
+        if self.now >= self.layout.ring:
+            self.layout.grow(min(2 * self.layout.ring, self.max_tokens))
+        ring, width, count = self.layout.ring, self.layout.width, self.engine.look_every
+        if ring < self.max_tokens:
+            count = min(count, ring - self.now)
+        used = ring if self.engine.compiled else min(self.now + count, ring)
+        now_T = self.now + np.arange(count)
+        age_T_B = now_T[:, None] - self.born[None]
+        windows = dict.fromkeys(self.engine.model.args.windows)
+        seen = cache.masks(windows, self.length_B, age_T_B, now_T, width, used, self.max_tokens)
+        position_T_B = self.length_B + mx.array(age_T_B.astype(np.int32))
+        column_T = mx.array((now_T % self.max_tokens + (width if self.layout.joined else 0)).astype(np.int32))
+        # a row that goes on after its end, until the look, has no numbers of its own left
+        coming_B_T = mx.array(np.minimum(age_T_B.T + 1, self.max_tokens - 1).astype(np.int32))
+        uniforms_B_T_2 = mx.take_along_axis(self.uniforms_B_T_2, coming_B_T[..., None], axis=1)
+        step, pending = self.engine.step(self.sampling), []
+        for t in range(count):
+            masks = [mask_T_B_1_K[t] for mask_T_B_1_K in seen]
             drawn, own = step(
-                self.token_B, mx.array(self.now), length_B, born_B, self.uniforms_B_T_2, self.layout.arrays()
+                self.token_B, position_T_B[t], masks, column_T[t], uniforms_B_T_2[:, t], self.layout.arrays()
             )
             self.layout.store(own)
             self.token_B = drawn[0]
             mx.async_eval(drawn, own)
             pending.append(drawn)
-            self.now += 1
+        self.now += count
         mx.eval(pending)
         self._note(np.arange(len(self.owner)), pending)
 
