@@ -75,9 +75,8 @@ def fit(run: Prepared, job: "Job") -> None:
     _note_tools(run.toolbox, display)
     if outcome.failure:
         kept = runs.last_checkpoint(opened.folder)
-        raise RunFailed(
-            f"{outcome.failure}; last good checkpoint: {kept.path if kept else 'none yet'} (--resume goes on from it)"
-        )
+        last = f"last good checkpoint: {kept.path} (--resume goes on from it)" if kept else "no checkpoint was made yet"
+        raise RunFailed(f"{outcome.failure}; {last}")
     if outcome.interrupted:
         display.note(f"stopped after step {outcome.steps}, saved in {opened.folder}; --resume goes on from there")
         raise KeyboardInterrupt

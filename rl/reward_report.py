@@ -149,7 +149,7 @@ def pairs_of(folder: Path) -> list[Pair]:
     run = record.read(folder)
     algorithm = run.config.get("trainer", {}).get("algorithm")
     if algorithm != "reward":
-        raise UserError(f"{folder}: a run of algorithm '{algorithm}', valid: one of 'reward'")
+        raise UserError(f"{folder}: a run of algorithm '{algorithm}', valid: one of algorithm 'reward'")
     path = folder / "samples.jsonl"
     try:
         rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]

@@ -29,6 +29,7 @@ from rl.errors import RunFailed, UserError
 from rl.record import Record
 
 PICKLES = {".bin", ".pt", ".pth", ".pkl", ".ckpt"}  # they run code when loaded; a result holds safetensors only
+SHOWN = 5  # differences named where inputs differ
 
 
 @dataclass
@@ -131,7 +132,7 @@ def _open(folder: Path, final: Path, fresh: Record, resume: bool, restart: bool)
         )
     if changed := record.differences(unfinished, fresh):
         raise UserError(
-            f"{folder}: cannot resume with other inputs: {'; '.join(changed)}; "
+            f"{folder}: cannot resume with other inputs: {_some(changed)}; "
             "undo that, or choose another [run] name, or --restart to throw the unfinished run away"
         )
     last_checkpoint(folder)  # clears partial ones away
@@ -167,7 +168,7 @@ def _finished(final: Path, fresh: Record, restart: bool) -> OpenRun | None:
     old = record.read(final)
     if changed := record.differences(old, fresh):
         raise UserError(
-            f"{final}: finished with other inputs: {'; '.join(changed)}; "
+            f"{final}: finished with other inputs: {_some(changed)}; "
             "choose another [run] name, or --restart to train again and replace it"
         )
     return OpenRun("finished", final, final, old)
@@ -278,9 +279,20 @@ def close(run: OpenRun, status: record.Status, error: str | None = None) -> None
 
 @contextmanager
 def recording(run: OpenRun) -> Iterator[OpenRun]:
-    """Around the work on an open run: Ctrl-C is recorded as interrupted, any other error as failed; both go on up."""
+    """Around the work on an open run: Ctrl-C is recorded as interrupted, any other error as failed; both go on up.
+
+    Bad input (UserError) that is found before there is anything to resume leaves nothing behind.
+    """
     try:
         yield run
+    except UserError as error:
+        if run.state == "fresh" and run.lock and run.folder.exists() and not complete_checkpoints(run.folder):
+            _empty(run.folder)
+            _release(run.folder, run.lock)
+            run.lock = None
+        else:
+            close(run, "failed", " ".join(f"UserError: {error}".split())[:500])
+        raise
     except KeyboardInterrupt:
         close(run, "interrupted")
         raise
@@ -333,6 +345,12 @@ def _empty(folder: Path) -> None:
             shutil.rmtree(path)
         elif path.name != ".lock":
             path.unlink()
+
+
+def _some(changed: list[str]) -> str:
+    """The first differences, on a line that a terminal can show."""
+    more = f"; and {len(changed) - SHOWN} more" if len(changed) > SHOWN else ""
+    return "; ".join(changed[:SHOWN]) + more
 
 
 def _stage(final: Path) -> Path:

@@ -209,4 +209,5 @@ def quiet() -> None:
     transformers.utils.logging.disable_progress_bar()
     datasets.disable_progress_bars()
     warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", message="Full backward hook is firing")  # of the guard's hooks, where it is meant
     warnings.filterwarnings("ignore", category=UserWarning, module=r"torch|peft|transformers|trl")

@@ -140,7 +140,10 @@ def test_the_command_writes_the_same_files_twice(
 @pytest.mark.parametrize(
     ("break_it", "said"),
     [
-        (lambda root: reward_report.pairs_of(root / "models/final/policy"), "algorithm 'grpo', valid: one of 'reward'"),
+        (
+            lambda root: reward_report.pairs_of(root / "models/final/policy"),
+            "algorithm 'grpo', valid: one of algorithm 'reward'",
+        ),
         (
             lambda root: reward_report.curve(root / "models/final/policy", "other"),
             "not trained on the reward model other",

@@ -278,6 +278,28 @@ def test_how_a_run_ended_is_recorded(tmp_path):
         assert opened.lock is None
 
 
+def test_bad_input_found_late_leaves_nothing_but_what_can_be_resumed(tmp_path):
+    """Exit code 2 says that nothing was written; a checkpoint is kept whatever came after it."""
+    opened = run.start(tmp_path, fresh(tmp_path))
+    files.write_bytes(opened.folder / "before.json", b"{}")
+    with pytest.raises(UserError), run.recording(opened):
+        raise UserError("[model.lora] targets: foo is no linear module")
+    assert (opened.folder.exists(), opened.lock) == (False, None)
+    opened = run.start(tmp_path, fresh(tmp_path))
+    checkpoint(opened, 2)
+    with pytest.raises(UserError), run.recording(opened):
+        raise UserError("[model.lora] targets: foo")
+    assert record.read(opened.folder).error == "UserError: [model.lora] targets: foo"
+    assert run.last_checkpoint(opened.folder).step == 2
+
+
+def test_many_differences_are_counted(tmp_path):
+    complete(tmp_path)
+    more = {f"key{i}": i for i in range(9)}
+    with pytest.raises(UserError, match=r"key3: null → 3; trainer\.key4: null → 4; and 4 more; choose another"):
+        run.start(tmp_path, fresh(tmp_path, trainer=more))
+
+
 def test_an_error_after_finish_leaves_the_result_finished(tmp_path):
     """A failure to print the summary must neither turn the result into a failure nor bring the folder back."""
     opened = run.start(tmp_path, fresh(tmp_path))
