@@ -46,11 +46,12 @@ def _train(arguments: argparse.Namespace) -> int | None:
 
     if arguments.seeds and any(override.partition("=")[0].strip() == "run.seed" for override in arguments.set):
         raise UserError("--seeds and --set run.seed=... are both given: give one")
-    from rl import reporting
+    from rl import models, reporting
 
     config = load(arguments.config, arguments.set)  # before torch and trl, whose import takes seconds
     if not arguments.plan:
         reporting.require(config)
+        models.require(config, Path())
     from rl.plan import command
 
     if arguments.plan:

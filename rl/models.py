@@ -64,21 +64,34 @@ def resolve_base(config: "Config", root: Path) -> Base:
         return _from_gguf(PACKAGED, packaged_gguf(where), made / PACKAGED_NAME)
     if base == "tiny":
         return _tiny(config, made)
+    require(config, root)
     local = root / Path(base).expanduser()
     if base.endswith(".gguf"):
-        if not local.is_file():
-            raise UserError(f"{where}: no such file: give the path of a .gguf file, from the repository or absolute")
         name = f"{local.stem}-{files.sha256_file(local)[:8]}"  # two files of one name are two models
         return _from_gguf(base, local, made / name)
     if local.is_dir():
         return Base(base, local, weights_sha256(check_folder(local, where)))
-    if HUB_ID.fullmatch(base):
-        path = fetch(base, where)
-        return Base(base, path, weights_sha256(check_folder(path, where)))
-    raise UserError(
-        f"{where}: no folder of that name; valid are {PACKAGED!r}, 'tiny', a model folder, a .gguf file, "
-        "or a hub id 'org/name'"
-    )
+    path = fetch(base, where)
+    return Base(base, path, weights_sha256(check_folder(path, where)))
+
+
+def require(config: "Config", root: Path) -> None:
+    """Look whether `[model] base` can be found at all, without torch and without the hub.
+
+    Raises:
+        UserError: it is no packaged model, no file or folder below `root`, and no hub id.
+    """
+    base = config.model.base
+    if base in (None, PACKAGED, "tiny"):
+        return
+    where, local = f"{config.path}: [model] base = {base!r}", root / Path(base).expanduser()
+    if base.endswith(".gguf") and not local.is_file():
+        raise UserError(f"{where}: no such file: give the path of a .gguf file, from the repository or absolute")
+    if not (base.endswith(".gguf") or local.is_dir() or HUB_ID.fullmatch(base)):
+        raise UserError(
+            f"{where}: no folder of that name; valid are {PACKAGED!r}, 'tiny', a model folder, a .gguf file, "
+            "or a hub id 'org/name'"
+        )
 
 
 def packaged_gguf(where: str) -> Path:

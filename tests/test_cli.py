@@ -209,3 +209,16 @@ def test_a_count_is_refused_in_the_same_words_by_every_command(text: str) -> Non
     assert arguments.count("12") == 12
     with pytest.raises(argparse.ArgumentTypeError, match=f"found '{text}', valid: a whole number ≥ 1"):
         arguments.count(text)
+
+
+def test_train_says_at_once_that_a_base_is_not_there(config: Path) -> None:
+    """Trap: torch and trl, imported first, take ten seconds before the same line."""
+    code = (
+        "import sys\nfrom rl.__main__ import main\n"
+        "assert main(['train', 'x.toml', '--set', 'model.base=./absent']) == 2\n"
+        "print([name for name in ('torch', 'trl', 'mlx') if name in sys.modules])\n"
+    )
+    config.write_text(GOOD.replace('form = "char"', ""))
+    done, _ = python(config.parent, "-c", code)
+    assert (done.returncode, done.stdout) == (0, "[]\n")
+    assert done.stderr.startswith("error: x.toml: [model] base = './absent': no folder of that name; valid are")

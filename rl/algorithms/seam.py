@@ -1,6 +1,6 @@
 """Where the MLX sampler plugs into TRL's trainers, and how their batches stay resumable.
 
-Leans on trl 1.16.0 internals, each held by tests/test_seam.py:
+Leans on trl 1.16.0 internals, each held by a test of its contract (tests/test_grpo.py, tests/test_rloo.py):
 - with `use_vllm` True after construction, `GRPOTrainer` calls `vllm_generation.sync_weights()` when the step changed
   (`_last_loaded_step`) and `vllm_generation.generate(prompts, images, num_generations, profiler)`, and takes
   `(prompt_ids, completion_ids, logprobs[B][T][1], extra)`;
