@@ -142,6 +142,21 @@ def test_a_chip_newer_than_the_table_is_planned_without_its_speed(capsys: pytest
     assert "time: unknown, m5 is not a chip of the table\n" in capsys.readouterr().out
 
 
+def test_a_busy_cpu_is_judged_by_a_thread_that_waits_for_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Trap: on a machine of two cores with other work both threads reached 20 of 130 GFLOP/s, and steps were planned
+    eight times too long. Many cores are not taken for as many times one."""
+    found = {0: (1e9, 20e9), len(machine._ALONE): (2e9, 130e9)}
+    monkeypatch.setattr(machine, "_measured", lambda environment: found[len(environment)])
+    for cores, flops in ((1, 130e9), (2, 260e9), (64, 520e9)):
+        monkeypatch.setattr(machine, "cores", lambda cores=cores: cores)
+        assert machine._cpu_speed() == (2e9, flops)
+    found[0] = (1e9, 900e9)  # idle
+    assert machine._cpu_speed() == (2e9, 900e9)
+    monkeypatch.undo()
+    assert min(machine._measured({})) > 1e8
+    assert machine.this("cpu", timed=False).flops == 0  # what train asks: memory alone
+
+
 def test_a_mac_keeps_a_reserve_and_says_so() -> None:
     mac = on(64)
     assert mac.usable == pytest.approx(0.74 * 64 * GIB)
@@ -218,6 +233,7 @@ def test_train_stops_before_loading_what_would_not_fit(
     monkeypatch.chdir(tmp_path)
     small = machine.Machine("small", "cpu", 3.5 * GIB, 0, 0, 0, "made up")
     monkeypatch.setattr(machine, "named", lambda *_, **__: small)
+    monkeypatch.setattr(machine, "this", lambda *_, **__: small)
     calls: list[Path] = []
     monkeypatch.setattr(rl.train, "main", lambda config, *_, **__: calls.append(config) or 0)
     assert cli.main(["train", str(path)]) == 2

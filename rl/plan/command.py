@@ -36,7 +36,7 @@ def main(
 def refuse(path: Path, overrides: Sequence[str]) -> None:
     """Raise UserError when the run of a config would not fit this machine; one that cannot be planned may go on."""
     config = configs.load(path, overrides)
-    machine = machines.named(None, None, config.run.device)
+    machine = machines.this(config.run.device, timed=False)
     try:
         plan = make(config, machine, ROOT)
     except UserError:
