@@ -22,8 +22,8 @@ from evals import backends, runs
 from rl import device as devices
 from rl import files, measured, record
 from rl.arguments import count
-from rl.bench_models import prompt_texts, subject
-from rl.bench_table import ratios, spread
+from rl.bench.models import prompt_texts, subject
+from rl.bench.table import ratios, spread
 from rl.errors import RunFailed, UserError
 
 ROOT = Path(__file__).resolve().parent.parent

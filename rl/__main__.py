@@ -137,11 +137,11 @@ def _audit(arguments: argparse.Namespace) -> int | None:
 
 
 def _bench(arguments: argparse.Namespace) -> int | None:
-    import rl.bench
+    from rl.bench import command
 
-    parts = [part for part in arguments.part or rl.bench.PARTS if part != "peers"]
+    parts = [part for part in arguments.part or command.PARTS if part != "peers"]
     if parts:
-        rl.bench.main(
+        command.main(
             arguments.shape or ["tiny"],
             quick=arguments.quick,
             repeats=arguments.repeats,
@@ -151,11 +151,9 @@ def _bench(arguments: argparse.Namespace) -> int | None:
             out=arguments.out,
         )
     if "peers" in (arguments.part or ()):
-        import rl.bench_peers
+        from rl.bench import peers
 
-        rl.bench_peers.main(
-            peers=arguments.peers_path, budget=arguments.budget, out=arguments.out, quick=arguments.quick
-        )
+        peers.main(peers=arguments.peers_path, budget=arguments.budget, out=arguments.out, quick=arguments.quick)
     return 0
 
 

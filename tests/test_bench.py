@@ -9,9 +9,14 @@ import torch
 
 import rl.rollouts  # noqa: F401  binds BLAS before mlx loads
 from rl import __main__ as cli
-from rl import bench, bench_file, bench_models, bench_rollouts, bench_table, models
+from rl import models
 from rl.algorithms.bench import Stopwatch
-from rl.bench_table import BATCH, ENGINE, HF, OURS, PAGED, STOCK
+from rl.bench import command as bench
+from rl.bench import file as bench_file
+from rl.bench import models as bench_models
+from rl.bench import rollouts as bench_rollouts
+from rl.bench import table as bench_table
+from rl.bench.table import BATCH, ENGINE, HF, OURS, PAGED, STOCK
 from rl.errors import RunFailed
 from rl.rollouts import bench as contestants
 from rl.rollouts import load

@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 
 from rl import __main__ as cli
-from rl import bench_child, bench_peers
-from rl.bench_child import OURS
-from rl.bench_peers import SMALLER, Outcome, Task
+from rl.bench import child as bench_child
+from rl.bench import peers as bench_peers
+from rl.bench.child import OURS
+from rl.bench.peers import SMALLER, Outcome, Task
 
 ROOT = Path(__file__).resolve().parent.parent
 SUMS = Task("sums", "two steps", Path("x.toml"), [])

@@ -12,19 +12,20 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rl import bench_file, measured
-from rl import bench_table as tables
 from rl import config as configs
 from rl import device as devices
-from rl.bench_models import Subject, sizes_of, subject
-from rl.bench_rollouts import Budget, Setting, agree, contest, said, works
-from rl.bench_table import Report, Steps, Sync
+from rl import measured
+from rl.bench import file as bench_file
+from rl.bench import table as tables
+from rl.bench.models import Subject, sizes_of, subject
+from rl.bench.rollouts import Budget, Setting, agree, contest, said, works
+from rl.bench.table import Report, Steps, Sync
 from rl.errors import RunFailed
 
 if TYPE_CHECKING:
     import torch
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 PARTS = {"rollouts": 8.0, "sync": 1.0, "step": 5.0}  # and their shares of the budget
 TORCH_DEVICE = {"cpu": "cpu", "cuda": "cuda", "metal": "mps"}  # of MLX's backends
 GPU_BUDGET = 240.0  # seconds a shape, where none is given

@@ -17,12 +17,13 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from rl import bench_file, files, measured, record
 from rl import config as configs
 from rl import device as devices
-from rl.bench_child import OURS
-from rl.bench_rollouts import Budget
-from rl.bench_table import spread, table
+from rl import files, measured, record
+from rl.bench import file as bench_file
+from rl.bench.child import OURS
+from rl.bench.rollouts import Budget
+from rl.bench.table import spread, table
 from rl.errors import RunFailed
 from rl.report import smoothed
 
@@ -33,7 +34,7 @@ BUDGET = 480.0
 LEAST_S = 60.0  # what one contestant leaves to each that is still to come, if there is as much
 LIMIT = 1.3  # bar: this project's peak over that of mlx-lm-lora, both with as many rows in a backward pass
 SMALLER = f"{OURS}, fewer rows at a time"  # in a backward pass: as many as mlx-lm-lora's
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 CONFIG = "configs/study/precision-shared-4.toml"
 
 
@@ -142,7 +143,7 @@ def tasks(folder: Path, kind: str, root: Path, quick: bool = False) -> list[Task
     )
     config = configs.load(root / CONFIG)
     tokenizer = models.load_tokenizer(models.resolve_base(config, root))
-    from rl.bench_models import prompt_texts
+    from rl.bench.models import prompt_texts
 
     prompt = 32 if quick else 256
     texts = prompt_texts(tokenizer, 32, prompt)
@@ -161,7 +162,7 @@ def tasks(folder: Path, kind: str, root: Path, quick: bool = False) -> list[Task
         "data.max_b=9",
         "data.train_size=24",
     ]
-    long += [f"rollout.max_completion_length={length}", "rollout.stop=[]", "reward.0.name=rl.bench_child:differing"]
+    long += [f"rollout.max_completion_length={length}", "rollout.stop=[]", "reward.0.name=rl.bench.child:differing"]
     asked = f"{rows // group} prompts × {group}"
     about = f"prompts of {prompt} random words, {asked}, at most {length} new tokens, {steps} steps, EOS ends one"
     prompts = rows // group
@@ -188,7 +189,7 @@ def contestant(
     note = ""
     with (folder / "log").open("w") as log:
         try:
-            child = [sys.executable, "-m", "rl.bench_child", str(job)]
+            child = [sys.executable, "-m", "rl.bench.child", str(job)]
             done = subprocess.run(
                 child, cwd=folder, env=env, stdout=log, stderr=log, timeout=max(1.0, seconds), check=False
             )

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rl import bench_table as tables
-from rl.bench_models import Subject
-from rl.bench_table import BATCH, ENGINE, HF, PAGED, Contest, Sizes, Work
+from rl.bench import table as tables
+from rl.bench.models import Subject
+from rl.bench.table import BATCH, ENGINE, HF, PAGED, Contest, Sizes, Work
 from rl.errors import RunFailed
 
 if TYPE_CHECKING:

@@ -7,9 +7,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rl import bench_table as tables
 from rl import files, record
-from rl.bench_table import Report
+from rl.bench import table as tables
+from rl.bench.table import Report
 
 if TYPE_CHECKING:
     import torch

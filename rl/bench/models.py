@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rl import config as configs
-from rl.bench_table import Sizes
+from rl.bench.table import Sizes
 from rl.errors import RunFailed
 
 if TYPE_CHECKING:

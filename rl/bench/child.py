@@ -1,6 +1,6 @@
-"""`python -m rl.bench_child JOB`: one contestant of the peers' bench in a process of its own.
+"""`python -m rl.bench.child JOB`: one contestant of the peers' bench in a process of its own.
 
-JOB is a JSON file of `rl.bench_peers`. A peer's steps go to `rows.jsonl` beside it as they are done; this project's run
+JOB is a JSON file of `rl.bench.peers`. A peer's steps go to `rows.jsonl` beside it as they are done; this project's run
 writes its own metrics. `memory.json` is kept up to date, so that one which is stopped has told its peak too.
 """
 
