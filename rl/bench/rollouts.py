@@ -173,6 +173,8 @@ def contest(
     stay out of further repetitions. None where not even one repetition was finished in time. `absent`: who does not
     take part and why; continuous batching is added to it when it fails here.
     """
+    import torch
+
     from rl.rollouts import bench as contestants
 
     prompts = [p for p in subject.prompts[: work.prompts] for _ in range(work.group)]
@@ -219,6 +221,8 @@ def contest(
                         found.seconds.pop(PAGED)
                         continue
                 turns[name] = time.perf_counter() - started
+                if name in (HF, PAGED) and setting.device.type == "cuda":
+                    torch.cuda.empty_cache()  # what torch keeps for itself MLX cannot have: 1.7B ran out of memory
                 lengths = [len(tokens) for tokens in done]
                 limits, asked = limits or lengths, asked or lengths
                 if lengths != asked or (name == ENGINE and not work.long_tail and set(lengths) != {most}):
