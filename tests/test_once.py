@@ -15,7 +15,7 @@ from mlx.utils import tree_flatten
 
 from rl import config as configs
 from rl import models, packed
-from rl.rollouts import device, parity, quantized, sync
+from rl.rollouts import device, fused, parity, quantized, sync
 from rl.rollouts import sampler as samplers
 from rl.rollouts.load import load_sampler
 from rl.rollouts.once import hold_once
@@ -71,12 +71,16 @@ def steps(policy: Any, sampler: Any, count: int = 3) -> None:
         sync.sync_adapter(sampler, sync.adapter_tensors(policy))
 
 
+@pytest.mark.parametrize("fuse", [False, True])
 @pytest.mark.parametrize("load", [on_values, on_codes])
-def test_both_read_the_same_memory_and_steps_leave_it_alone(base: Path, load: Any) -> None:
+def test_both_read_the_same_memory_and_steps_leave_it_alone(base: Path, load: Any, fuse: bool) -> None:
+    """Also where the sampler's layers are views into products of several, as they are off a CPU."""
     policy = load(base)
     sampler = load_sampler(base, packed=load is on_codes)
     sync.attach_adapter(sampler, sync.adapter_tensors(policy))
     sync.sync_adapter(sampler, sync.adapter_tensors(policy))
+    if fuse:
+        fused.fuse(sampler)
     before = {n: np.array(v) for n, v in tree_flatten(sampler.parameters()) if ".lora_" not in n}
     own = {name: p.data_ptr() for name, p in policy.named_parameters() if p.requires_grad}
     saved = hold_once(policy, sampler)
