@@ -29,6 +29,11 @@ def uv_binary(session: nox.Session) -> str:
     return found
 
 
+def backend() -> list[str]:
+    """Which of MLX's backends is installed on Linux: the CPU's, or with DUET_CUDA=1 in the environment CUDA's."""
+    return ["--no-group", "cpu", "--group", "cuda"] if os.environ.get("DUET_CUDA") == "1" else []
+
+
 def python(session: nox.Session, *args: str, offline: bool = False, threads: int | None = None) -> None:
     """Run `.venv`'s Python, after making `.venv` equal to the lock.
 
@@ -36,7 +41,7 @@ def python(session: nox.Session, *args: str, offline: bool = False, threads: int
     """
     # the interpreter that runs Nox, so that a machine with Python 3.13 and pip needs no download of another
     interpreter = ["--python", sys.executable] if sys.version_info[:2] == (3, 13) else []
-    sync = [uv_binary(session), "sync", "--locked", *interpreter]
+    sync = [uv_binary(session), "sync", "--locked", *interpreter, *backend()]
     # silent where nothing is to do; a first install shows its gigabytes
     if subprocess.run([*sync, "--check", "--quiet"], stderr=subprocess.DEVNULL).returncode != 0:
         session.run(*sync, external=True)

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import tomllib
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -198,4 +199,9 @@ def mlx_device() -> Check:
     found = told["backend"] if told["device"] == told["backend"] else f"{told['backend']}: {told['device']}"
     if sys.platform == "darwin" and told["backend"] != "metal":
         return Check("mlx device", found, "warn", "MLX sees no Metal: is this Python built for arm64?")
+    with suppress(Exception):  # a broken torch has a line of its own
+        if told["backend"] == "cpu" and "cuda" in available():
+            return Check(
+                "mlx device", found, "warn", "DUET_CUDA=1 nox … installs MLX for CUDA 13 (driver ≥ 580)"
+            )
     return Check("mlx device", found)

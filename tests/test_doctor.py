@@ -78,6 +78,15 @@ def test_what_stops_training_fails_the_session(
     assert "libtorch.so" in capsys.readouterr().out
 
 
+def test_rollouts_on_the_cpu_beside_a_cuda_card_are_told_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Trap: MLX's Linux wheel is the CPU's, and a run on a GPU machine would train on the card and sample beside it."""
+    monkeypatch.setattr(doctor, "available", lambda: ("cuda", "cpu"))
+    if (check := doctor.mlx_device()).found.startswith("cpu"):
+        assert (check.state, check.advice.split()[0]) == ("warn", "DUET_CUDA=1")
+    monkeypatch.setattr(doctor, "available", lambda: ("cpu",))
+    assert doctor.mlx_device().state == "ok"
+
+
 # --- a Mac, as `sysctl` and `sw_vers` answer there; written down from Apple's documentation of both, no Mac was asked
 
 SYSCTL = {

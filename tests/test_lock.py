@@ -22,6 +22,7 @@ SOURCE_ONLY = {"cellpylib", "rouge-score", "sqlitedict", "word2number", "zss"}
 
 MAC = {"sys_platform": "darwin", "platform_machine": "arm64", "platform_system": "Darwin", "os_name": "posix"}
 LINUX = {"sys_platform": "linux", "platform_machine": "x86_64", "platform_system": "Linux", "os_name": "posix"}
+CUDA = {**LINUX, "group": "cuda"}  # in place of cpu
 
 
 @cache
@@ -46,13 +47,16 @@ def tags(system: str, glibc: int = GLIBC) -> set[Tag]:
 
 def needed(environment: dict[str, str]) -> dict[str, dict[str, Any]]:
     """Locked packages that are installed there: a walk from the project along markers and extras."""
-    there = {**environment, "python_version": "3.13", "python_full_version": "3.13.0", "extra": ""}
+    mine, others = environment.get("group", "cpu"), {"cpu", "cuda"}
+    there = {**environment, "python_version": "3.13", "python_full_version": "3.13.0"}
+    there["extra"] = f"group-4-duet-{mine}"  # how uv's markers tell groups apart that exclude each other
     there |= {"implementation_name": "cpython", "platform_python_implementation": "CPython"}
     packages = {package["name"]: package for package in lock()["package"]}
     assert len(packages) == len(lock()["package"])  # one version of each: a fork would need telling apart
-    todo = list(_wanted(packages["duet"], there)) + [
-        edge for group in packages["duet"]["dev-dependencies"].values() for edge in group
-    ]
+    groups = packages["duet"]["dev-dependencies"]
+    todo = list(_wanted(packages["duet"], there))
+    todo += [edge for name, edges in groups.items() if name == mine or name not in others for edge in edges]
+    todo = [edge for edge in todo if "marker" not in edge or Marker(edge["marker"]).evaluate(there)]
     found: dict[str, dict[str, Any]] = {}
     seen: set[tuple[str, str]] = set()
     while todo:
@@ -81,7 +85,7 @@ def without_wheel(environment: dict[str, str], usable: set[Tag]) -> set[str]:
     return found
 
 
-@pytest.mark.parametrize("environment", [MAC, LINUX], ids=["macos14-arm64", "linux-x86_64"])
+@pytest.mark.parametrize("environment", [MAC, LINUX, CUDA], ids=["macos14-arm64", "linux-x86_64", "linux-cuda"])
 def test_every_package_has_a_usable_wheel(environment: dict[str, str]) -> None:
     """Trap: a lock made on Linux resolves for macOS too, and only fails there, wanting a compiler."""
     assert without_wheel(environment, tags(environment["sys_platform"])) == SOURCE_ONLY
@@ -100,12 +104,14 @@ def test_source_only_packages_are_hashed_sdists() -> None:
 
 def test_the_walk_tells_the_platforms_apart() -> None:
     """The wheel test would pass on an empty walk: these are the packages that must, or must not, be there."""
-    mac, linux = needed(MAC), needed(LINUX)
+    mac, linux, cuda = needed(MAC), needed(LINUX), needed(CUDA)
     assert {"mlx-metal", "mlx", "torch", "uv", "lm-eval"} <= mac.keys()
     assert {"mlx-cpu", "mlx", "torch", "uv", "triton", "nvidia-cudnn-cu13"} <= linux.keys()
     assert not {"mlx-cpu", "triton", "nvidia-cudnn-cu13"} & mac.keys()
     assert "mlx-metal" not in linux
-    assert (mac.keys() | linux.keys()) == {package["name"] for package in lock()["package"]} - {"duet"}
+    assert linux.keys() - cuda.keys() == {"mlx-cpu"}  # both would write one library
+    assert cuda.keys() - linux.keys() == {"mlx-cuda-13"}
+    assert (mac.keys() | linux.keys() | cuda.keys()) == {package["name"] for package in lock()["package"]} - {"duet"}
 
 
 def test_lock_is_for_these_platforms_and_this_python() -> None:
@@ -116,8 +122,8 @@ def test_lock_is_for_these_platforms_and_this_python() -> None:
 
 
 def direct() -> list[Requirement]:
-    lines = [*project()["project"]["dependencies"], *project()["dependency-groups"]["dev"]]
-    return [Requirement(line) for line in lines]
+    groups = project()["dependency-groups"].values()
+    return [Requirement(line) for line in (*project()["project"]["dependencies"], *(x for g in groups for x in g))]
 
 
 def test_direct_dependencies_are_pinned_to_what_is_locked() -> None:
