@@ -80,8 +80,7 @@ def build(
     model = load_sampler(folder, dtype, packed=packed)
     if adapter is not None:
         mlx_adapter.attach(model, adapter)
-    if device.fuses_products():
-        fused.fuse(model)
+    fused.fuse(model)
     if tokenizer is None:
         source = adapter if adapter is not None and (adapter / "tokenizer.json").is_file() else folder
         tokenizer = models.load_tokenizer(models.Base(source.name, source, ""))

@@ -201,7 +201,5 @@ def mlx_device() -> Check:
         return Check("mlx device", found, "warn", "MLX sees no Metal: is this Python built for arm64?")
     with suppress(Exception):  # a broken torch has a line of its own
         if told["backend"] == "cpu" and "cuda" in available():
-            return Check(
-                "mlx device", found, "warn", "DUET_CUDA=1 nox … installs MLX for CUDA 13 (driver ≥ 580)"
-            )
+            return Check("mlx device", found, "warn", "DUET_CUDA=1 nox … installs MLX for CUDA 13 (driver ≥ 580)")
     return Check("mlx device", found)

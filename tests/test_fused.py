@@ -15,7 +15,7 @@ import mlx.core as mx  # isort: skip
 import mlx.nn as nn
 
 from rl import config, models
-from rl.rollouts import attention, bench, device, fused, load, parity, quantized, sampling, sync
+from rl.rollouts import attention, bench, device, fused, load, parity, quantized, sync
 from rl.rollouts.engine import Engine
 from rl.rollouts.result import Sampling
 
@@ -24,8 +24,8 @@ PROMPTS = [[3, 9, 20, 41, 7, 7, 13], [3, 9, 20, 41, 7, 7, 13], [3, 9]]
 
 @pytest.fixture
 def as_on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Samplers are fused, and attention is taken apart, as where launches are the floor."""
-    monkeypatch.setattr(device, "fuses_products", lambda: True)
+    """Nothing is done by torch, and attention is taken apart."""
+    monkeypatch.setattr(device, "torch_is_faster", lambda: False)
     monkeypatch.setattr(device, "masks_fused_attention", lambda: False)
     monkeypatch.setattr(attention, "kernel_works", lambda: False)
 
@@ -50,7 +50,6 @@ def test_after_a_step_the_sampler_follows_the_trainer(
 ) -> None:
     """Trap: copies of the weights, or a compiled step that closed over them, would stay at the first sync without a
     word. An adapter on some of the layers of a product leaves the others as they are."""
-    monkeypatch.setattr(sampling, "backend", lambda: "cuda")  # torch's exp cannot be part of a compiled step
     policy, sampler = policy_of(tiny_base, lora), sampler_of(tiny_base.path)
     sampler.engine = Engine(sampler.model, [VOCABULARY], grouped=False, compiled=True)
     prompts = [[3, 4, 5], [3, 4, 5], [6]]

@@ -20,6 +20,7 @@ import torch
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
 from rl.errors import RunFailed
+from rl.rollouts import cache, device
 from rl.rollouts.engine import Engine, decode_step
 from rl.rollouts.forward import prefill_last
 from rl.rollouts.result import Completion, Sampling
@@ -194,7 +195,7 @@ def launches(model: Any, rows: int) -> int:
     """Operations of one decode step of `rows` rows of one prompt in MLX's graph, views not counted; sampling not
     included, nor what compiling the step would fuse."""
     most = 8
-    layout = Engine(model, [0]).layout(most)
+    layout = cache.Joined(most)
     _, fresh = prefill_last(model, [[0, 0]])
     every = np.arange(rows)
     layout.place(every, np.zeros(rows, np.int64), fresh, [], rows)
@@ -202,7 +203,10 @@ def launches(model: Any, rows: int) -> int:
     arrays, zeros = layout.arrays(), mx.zeros((rows,), mx.int32)
     mx.eval(arrays)
     seen = mx.ones((rows, 1, layout.width + 1), mx.bool_)
-    logits, own = step(zeros, zeros + 2, [seen] * len(set(model.args.windows)), mx.array(layout.width), None, arrays)
+    with device.mlx_alone():
+        logits, own = step(
+            zeros, zeros + 2, [seen] * len(set(model.args.windows)), mx.array(layout.width), None, arrays
+        )
     graph = io.StringIO()
     mx.export_to_dot(graph, logits, own)
     names = re.findall(r'\[label ?= ?"(\w+)", shape=rectangle\]', graph.getvalue())

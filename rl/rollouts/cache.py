@@ -16,12 +16,15 @@ from typing import Any
 
 import mlx.core as mx
 import numpy as np
+import torch
 
-from rl.rollouts import attention
+from rl.rollouts import attention, lent
 from rl.rollouts.forward import Prefilled
+from rl.rollouts.transfer import to_mlx
 
 RING_STEP = 64  # a ring starts with so many columns and grows as it is used
 Arrays = list[mx.array]
+Tensors = list[torch.Tensor]
 
 
 def bytes_per_token(model: Any) -> int:
@@ -32,15 +35,18 @@ def bytes_per_token(model: Any) -> int:
 
 
 class Grouped:
-    """`prompt` keys (P, kv_heads, L, D) once a group; `own` keys (B, kv_heads, W, D) of each row's drawn tokens."""
+    """`prompt` keys (P, kv_heads, L, D) once a group; `own` keys (B, kv_heads, W, D) of each row's drawn tokens.
+
+    In torch's memory, and attention by torch (rl/rollouts/lent.py says why): a drawn token is written in place.
+    """
 
     joined = False
 
     def __init__(self, max_tokens: int) -> None:
-        self.prompt: tuple[Arrays, Arrays] = ([], [])
-        self.own: tuple[Arrays, Arrays] = ([], [])
+        self.prompt: tuple[Tensors, Tensors] = ([], [])
+        self.own: tuple[Tensors, Tensors] = ([], [])
         self.group = np.zeros(0, np.int64)  # group of each row
-        self.slots: tuple[mx.array | None, mx.array | None] | None = None  # of these rows and groups, once asked for
+        self.slots: tuple[torch.Tensor | None, torch.Tensor | None] | None = None  # of these rows, once asked for
         self.width = 0
         self.ring = min(RING_STEP, max_tokens)
 
@@ -53,19 +59,20 @@ class Grouped:
 
         `groups[i]` counts in the new order: first those kept, then the fresh ones.
         """
-        if fresh is not None and not self.own[0]:
-            shape = (total, fresh.keys[0].shape[1], self.ring, fresh.keys[0].shape[3])
+        news = [lent.view(*fresh.keys), lent.view(*fresh.values)] if fresh is not None else None
+        if news is not None and not self.own[0]:
+            shape = (total, news[0][0].shape[1], self.ring, news[0][0].shape[3])
             for part in self.own:
-                part[:] = [mx.zeros(shape, array.dtype) for array in fresh.keys]
+                part[:] = [tensor.new_zeros(shape) for tensor in news[0]]
             self.group = np.zeros(total, np.int64)
-            self.prompt = ([array[:0] for array in fresh.keys], [array[:0] for array in fresh.values])
+            self.prompt = ([tensor[:0] for tensor in news[0]], [tensor[:0] for tensor in news[1]])
         for part in self.prompt:
-            part[:] = [array[mx.array(np.array(keep, np.int64))] for array in part]
-        if fresh is not None:
-            self.width = max(fresh.keys[0].shape[2], self.width)
-            for part, new in zip(self.prompt, (fresh.keys, fresh.values), strict=True):
-                both = [(_widened(a, self.width), _widened(b, self.width)) for a, b in zip(part, new, strict=True)]
-                part[:] = [mx.concatenate(pair) for pair in both]
+            part[:] = [tensor[keep] for tensor in part]
+        if news is not None:
+            self.width = max(news[0][0].shape[2], self.width)
+            for part, new in zip(self.prompt, news, strict=True):
+                both = [(_wider(a, self.width), _wider(b, self.width)) for a, b in zip(part, new, strict=True)]
+                part[:] = [torch.cat(pair) for pair in both]
         # a row whose group has gone is idle: any group will do
         self.group = np.array([keep.index(g) if g in keep else 0 for g in self.group])
         self.group[rows] = groups
@@ -76,9 +83,9 @@ class Grouped:
         groups, self.group = np.unique(self.group[rows], return_inverse=True)
         self.slots = None
         for part in self.prompt:
-            part[:] = [array[mx.array(groups)] for array in part]
+            part[:] = [tensor[groups] for tensor in part]
         for part in self.own:
-            part[:] = [array[mx.array(rows)] for array in part]
+            part[:] = [tensor[rows] for tensor in part]
         return groups.tolist()
 
     def narrow(self, width: int) -> None:
@@ -86,31 +93,27 @@ class Grouped:
         if width < self.width:
             self.width = width
             for part in self.prompt:
-                part[:] = [array[:, :, :width] for array in part]
+                part[:] = [tensor[:, :, :width] for tensor in part]
 
     def grow(self, ring: int) -> None:
         """Make room for `ring` columns of drawn tokens."""
         if ring > self.ring:
             self.ring = ring
             for part in self.own:
-                part[:] = [_widened(array, ring) for array in part]
+                part[:] = [_wider(tensor, ring) for tensor in part]
 
     def arrays(self) -> Any:
-        """What one decode step reads and writes, as a tree of arrays."""
+        """What one decode step reads and writes."""
         if self.slots is None:
             self.slots = _slots(self.group)
-        return {
-            "prompt": [list(part) for part in self.prompt],
-            "own": [list(part) for part in self.own],
-            "slots_PG": self.slots[0],
-            "places_B": self.slots[1],
-        }
+        slots_PG, places_B = self.slots
+        return {"prompt": list(self.prompt), "ring": list(self.own), "slots_PG": slots_PG, "places_B": places_B}
 
     def store(self, own: Any) -> None:
-        """Take over what the step wrote."""
-        self.own = tuple(own)
+        """The step wrote in place."""
 
     @staticmethod
+    @torch.no_grad()
     def attend(
         arrays: Any,
         layer: int,
@@ -122,31 +125,34 @@ class Grouped:
         mask: mx.array,
     ) -> mx.array:
         """Attention of one drawn token a row over its prompt and what it drew; `mask` (B, 1, L + used)."""
-        rows, heads, _, width = queries.shape
-        prompt_k, prompt_v = arrays["prompt"][0][layer], arrays["prompt"][1][layer]
-        own_k, own_v = _written(arrays["own"], layer, keys, values, column)
+        if "column" not in arrays:  # the same for all layers
+            arrays["column"] = int(column.item())
+        if id(mask) not in arrays:
+            arrays[id(mask)] = ~lent.view(mask)[0][:, None]
+        (q, k, v), at = lent.view(queries, keys, values), arrays["column"]
+        (prompt_k, prompt_v), (own_k, own_v) = ([part[layer] for part in arrays[name]] for name in ("prompt", "ring"))
+        own_k[:, :, at], own_v[:, :, at] = k[:, :, 0], v[:, :, 0]
+        rows, heads, _, width = q.shape
         groups, kv_heads, length, _ = prompt_k.shape
         used = mask.shape[-1] - length
         slots, places = arrays["slots_PG"], arrays["places_B"]
 
-        def to_groups(x: mx.array) -> mx.array:  # (B, kv_heads, repeats, …) -> (P, kv_heads, G × repeats, …)
+        def to_groups(x: torch.Tensor) -> torch.Tensor:  # (B, kv_heads, repeats, …) -> (P, kv_heads, G × repeats, …)
             x = x if slots is None else x[slots]
-            x = x.reshape(groups, -1, *x.shape[1:]).transpose(0, 2, 1, 3, 4)
-            return x.reshape(groups, kv_heads, -1, x.shape[-1])
+            return x.reshape(groups, -1, *x.shape[1:]).transpose(1, 2).reshape(groups, kv_heads, -1, x.shape[-1])
 
-        def to_rows(x: mx.array) -> mx.array:
-            x = x.reshape(groups, kv_heads, -1, heads // kv_heads, x.shape[-1]).transpose(0, 2, 1, 3, 4)
+        def to_rows(x: torch.Tensor) -> torch.Tensor:
+            x = x.reshape(groups, kv_heads, -1, heads // kv_heads, x.shape[-1]).transpose(1, 2)
             x = x.reshape(-1, *x.shape[2:])
             return x if places is None else x[places]
 
-        queries = (queries * scale).reshape(rows, kv_heads, heads // kv_heads, width)
-        to_prompt = to_rows(to_groups(queries) @ prompt_k.swapaxes(-1, -2))
-        to_own = queries @ own_k[:, :, :used].swapaxes(-1, -2)
-        scores = mx.concatenate([to_prompt, to_own], axis=-1)
-        scores = mx.where(mask[:, None], scores, mx.finfo(scores.dtype).min)
-        weights = mx.softmax(scores, axis=-1, precise=True)
+        q = (q * scale).reshape(rows, kv_heads, heads // kv_heads, width)
+        to_prompt = to_rows(to_groups(q) @ prompt_k.transpose(-1, -2))
+        scores = torch.cat([to_prompt, q @ own_k[:, :, :used].transpose(-1, -2)], dim=-1)
+        scores.masked_fill_(arrays[id(mask)], torch.finfo(scores.dtype).min)
+        weights = scores.softmax(-1, dtype=torch.float32).to(q.dtype)
         out = to_rows(to_groups(weights[..., :length]) @ prompt_v) + weights[..., length:] @ own_v[:, :, :used]
-        return out.reshape(rows, heads, 1, width)
+        return to_mlx(out.reshape(rows, heads, 1, width))
 
 
 class Joined:
@@ -274,14 +280,9 @@ def masks(
     return out
 
 
-def _written(own: Any, layer: int, keys: mx.array, values: mx.array, column: mx.array) -> tuple[mx.array, mx.array]:
-    for part, new in zip(own, (keys, values), strict=True):
-        part[layer] = mx.slice_update(part[layer], new, column, axes=(2,))
-    return own[0][layer], own[1][layer]
-
-
 def _put(own: Any, layer: int, keys: mx.array, values: mx.array, column: mx.array) -> tuple[mx.array, mx.array]:
-    """As `_written`, in one operation each: a slice whose place is on the device takes one more to find it."""
+    """Keys and values with the new ones in `column`. In one operation each: a slice whose place is on the device takes
+    one more, to find it."""
     where = mx.broadcast_to(column.reshape(1, 1, 1, 1), keys.shape)
     for part, new in zip(own, (keys, values), strict=True):
         part[layer] = mx.put_along_axis(part[layer], where, new, axis=2)
@@ -294,11 +295,16 @@ def _widened(array: mx.array, width: int) -> mx.array:
     return mx.pad(array, [(0, 0), (0, 0), (0, missing), (0, 0)]) if missing > 0 else array
 
 
+def _wider(tensor: torch.Tensor, width: int) -> torch.Tensor:
+    """As `_widened`, of torch's."""
+    return torch.nn.functional.pad(tensor, (0, 0, 0, max(0, width - tensor.shape[2])))
+
+
 def _bucket(width: int) -> int:
     return -(-width // RING_STEP) * RING_STEP
 
 
-def _slots(group_B: np.ndarray) -> tuple[mx.array | None, mx.array | None]:
+def _slots(group_B: np.ndarray) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     """The row in each of P × G places, short groups filled up with row 0, and the place of each row; None twice where
     the rows already lie so."""
     count = np.bincount(group_B)
@@ -312,4 +318,4 @@ def _slots(group_B: np.ndarray) -> tuple[mx.array | None, mx.array | None]:
         slots[group, filled[group]] = row
         places[row] = group * size + filled[group]
         filled[group] += 1
-    return mx.array(slots.reshape(-1)), mx.array(places)
+    return torch.from_numpy(slots.reshape(-1)), torch.from_numpy(places)

@@ -1,8 +1,13 @@
 """Which device MLX samples on, and what follows from it."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
 import mlx.core as mx
 
 CACHE_BYTES = 1 << 30
+ALONE = ContextVar("ALONE", default=False)
 
 
 def backend() -> str:
@@ -36,6 +41,21 @@ def keeps_packed_weights() -> bool:
     return backend() != "cpu"
 
 
+def torch_is_faster() -> bool:
+    """Whether torch lends a hand on MLX's memory (rl/rollouts/lent.py)."""
+    return backend() == "cpu" and not ALONE.get()
+
+
+@contextmanager
+def mlx_alone() -> Iterator[None]:
+    """In this block MLX computes all by itself, so that its operations can be counted."""
+    before = ALONE.set(True)
+    try:
+        yield
+    finally:
+        ALONE.reset(before)
+
+
 def steps_between_syncs() -> int:
     """Decode steps between looks from the host: a look stalls a GPU's queue and costs nothing on a CPU."""
     return 1 if backend() == "cpu" else 8
@@ -56,11 +76,6 @@ def compiles_steps() -> bool:
     It fuses launches, the floor of decoding on a GPU. A CPU has no launches to save, and its fused kernels are built by
     the system's C++ compiler while the run waits.
     """
-    return backend() != "cpu"
-
-
-def fuses_products() -> bool:
-    """Whether layers of one input are multiplied as one (rl/rollouts/fused.py): the launches again."""
     return backend() != "cpu"
 
 

@@ -138,8 +138,8 @@ def decode_step(model: Any, layout: type, sampling: Sampling | None) -> Callable
         hidden = hidden_states(model, token_B[:, None], position_B, attend)
         logits_B_V = head(model, hidden[:, -1])
         if sampling is None:
-            return logits_B_V, arrays["own"]
-        return sample(logits_B_V, uniforms_B_2, sampling), arrays["own"]
+            return logits_B_V, arrays.get("own", [])
+        return sample(logits_B_V, uniforms_B_2, sampling), arrays.get("own", [])
 
     return step
 
@@ -338,9 +338,13 @@ class _Pool:
             finite[going] &= np.array(fine)[rows_here[going]] | ends[going]
             ends[going] |= np.isin(self.tokens[into, at], self.engine.eos_ids)
             self.count[into] += 1
-        for row, request, first, fine in zip(rows[rows_here], requests, before, finite, strict=True):
-            length = self._length(request, first)
-            if not fine:
+        # of most rows nothing is to be said at most steps
+        over = ends | ~finite | (self.count[requests] == self.max_tokens)
+        over |= np.array([bool(self.stops[request]) for request in requests], bool)
+        for i in np.flatnonzero(over):
+            row, request = rows[rows_here[i]], requests[i]
+            length = self._length(request, before[i])
+            if not finite[i]:
                 self.done[request] = Completion([self.engine.eos_ids[0]], [float("nan")], finite=False)
             elif length is not None:
                 tokens, logprobs = self.tokens[request, :length].tolist(), self.logprobs[request, :length].tolist()

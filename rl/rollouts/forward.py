@@ -13,7 +13,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from rl.rollouts import fused
+from rl.rollouts import device, fused, lent
 
 # queries (B, heads, N, D), keys and values (B, kv_heads, N, D) of layer i and its scale -> (B, heads, N, D)
 Attend = Callable[[int, mx.array, mx.array, mx.array, float], mx.array]
@@ -90,9 +90,12 @@ def _attention(
 
 def _feed(module: Any, products: fused.Layer | None, x: mx.array, gemma: bool) -> mx.array:
     if products is None:
-        return module(x)
-    gate, up = mx.split(products.gate_up(x), 2, axis=-1)
-    return products.down(nn.gelu_approx(gate) * up if gemma else nn.silu(gate) * up)
+        gate, up, down = module.gate_proj(x), module.up_proj(x), module.down_proj
+    else:
+        (gate, up), down = mx.split(products.gate_up(x), 2, axis=-1), products.down
+    if device.torch_is_faster():
+        return down(lent.gated(gate, up, gemma))
+    return down((nn.gelu_approx(gate) if gemma else nn.silu(gate)) * up)
 
 
 def _residual(x: mx.array, y: mx.array) -> mx.array:
@@ -143,6 +146,8 @@ def prefill(
         window = model.args.windows[layer]
         if window not in masks:
             masks[window] = _causal(longest, before, window)
+        if device.torch_is_faster():
+            return lent.attention(queries, keys, values, scale, masks[window])
         return mx.fast.scaled_dot_product_attention(queries, keys, values, scale=scale, mask=masks[window])
 
     return hidden_states(model, tokens, before, attend, look), out
@@ -176,8 +181,12 @@ def _spread(array: mx.array, rows: tuple[int, ...]) -> mx.array:
     return mx.broadcast_to(array, (rows[0], *array.shape[1:]))
 
 
-def _causal(length: int, before: int, window: int | None) -> mx.array | str:
+def _causal(length: int, before: int, window: int | None) -> mx.array | str | None:
+    """A mask (length, before + length) for torch or MLX, or what says "causal" to it."""
     if window is None or before + length <= window:
-        return "causal"
+        if not device.torch_is_faster():
+            return "causal"
+        if before == 0:  # torch counts from the upper left corner, MLX from the lower right
+            return None
     distance = mx.arange(before, before + length)[:, None] - mx.arange(before + length)[None]
-    return (distance >= 0) & (distance < window)
+    return (distance >= 0) & (distance < (window or before + length))

@@ -1,9 +1,9 @@
 """Layers that read the same input, multiplied as one: queries, keys and values; gate and up; each with its LoRA.
 
-Decoding on a GPU waits for its operations to be launched, one by one, and a LoRA layer has five where a plain one has
-one. Here the rows of the weights lie in one array, of which each layer keeps its part as a view, and the adapters of
-the layers are one pair of matrices: A side by side, B in blocks with the scale in it. So a layer of a LoRA policy has
-12 products where it had 35 operations for them, with the same numbers but for rounding.
+Decoding waits for its operations to be launched, one by one, on a GPU most of all, and a LoRA layer has five where a
+plain one has one. Here the rows of the weights lie in one array, of which each layer keeps its part as a view, and the
+adapters of the layers are one pair of matrices: A side by side, B in blocks with the scale in it. So a layer of a LoRA
+policy has 12 products where it had 35 operations for them, with the same numbers but for rounding.
 
 A model's layers stay what they are and may be synced as before; `refresh` takes over what has changed.
 """

@@ -128,8 +128,7 @@ def build(
         sync.check_group_size(model, group_size)
         if packed := device.keeps_packed_weights():
             nn.quantize(model, group_size=group_size, bits=bits)
-    if device.fuses_products():
-        fused.fuse(model)
+    fused.fuse(model)
     engine = Engine(
         model,
         eos_ids,

@@ -1,0 +1,41 @@
+"""What MLX's CPU backend is slow at, computed by torch on the same memory: exponentials, and attention with them.
+
+On a CPU one exponential takes MLX 10 ns and torch a tenth of that, and a decoding model is full of them. MLX's arrays
+are read where they lie; results are copied back once. Nothing of it is used where MLX has a GPU.
+"""
+
+import mlx.core as mx
+import torch
+
+from rl.rollouts.transfer import to_mlx
+
+
+def view(*arrays: mx.array) -> list[torch.Tensor]:
+    """The arrays, evaluated together, as tensors over their memory."""
+    mx.eval(arrays)
+    return [torch.from_dlpack(array) for array in arrays]
+
+
+@torch.no_grad()
+def gated(gate: mx.array, up: mx.array, gelu: bool) -> mx.array:
+    """silu(gate) * up, or GELU's tanh form in place of SiLU."""
+    gate_t, up_t = view(gate, up)
+    act = torch.nn.functional.gelu(gate_t, approximate="tanh") if gelu else torch.nn.functional.silu(gate_t)
+    return to_mlx(act.mul_(up_t))
+
+
+@torch.no_grad()
+def attention(queries: mx.array, keys: mx.array, values: mx.array, scale: float, mask: mx.array | None) -> mx.array:
+    """Queries (B, heads, N, D) over keys and values (B, kv_heads, K, D): causal (N = K), or where `mask` (N, K) is
+    true."""
+    q, k, v = view(queries, keys, values)
+    if q.shape[1] != k.shape[1]:  # enable_gqa takes the slow way on a CPU
+        k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
+    seen = None if mask is None else view(mask)[0]
+    out = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=seen, is_causal=mask is None, scale=scale)
+    return to_mlx(out.contiguous())
+
+
+def exp(x: mx.array) -> mx.array:
+    """exp, elementwise."""
+    return to_mlx(view(x)[0].exp())
