@@ -106,9 +106,9 @@ def bucket(length: int, multiple: int = BUCKET) -> int:
     return -(-length // multiple) * multiple
 
 
-def padded(length: int, device: "torch.device") -> int:
+def padded(length: int, device: "torch.device | str") -> int:
     """The width at which `length` tokens are computed: a bucket on MPS, which keeps a graph of every shape."""
-    return bucket(length) if device.type == "mps" else length
+    return bucket(length) if str(device).split(":")[0] == "mps" else length
 
 
 def holds_codes(config: "Config", device: "torch.device | str") -> bool:

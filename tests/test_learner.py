@@ -10,7 +10,7 @@ from transformers import LlamaConfig
 from trl.trainer.utils import add_fused_lm_head
 
 from rl import config, models
-from rl.algorithms import learner
+from rl.algorithms import learner, passes
 from rl.algorithms.learner import Forward, Shared, forward, row_keys, score_completions_only, share, shared_prefix
 
 PAD = 0
@@ -125,7 +125,7 @@ def test_prompts_read_once_give_the_same_logprobs_entropies_and_gradients(
     assert shared is not None
     if len(prompts) > 1:
         assert len(shared.prompts) == len(prompts)
-        assert (shared.prefix > 0) == (prefix >= learner.SHORTEST_PREFIX)
+        assert (shared.prefix > 0) == (prefix >= passes.SHORTEST_PREFIX)
     else:
         assert shared == Shared(prefix + prompts[0] - 1)  # one prompt is all prefix
     assert_equal(*both(policy_of(tiny_base, lora), ids, mask, int(columns), shared))
@@ -179,8 +179,8 @@ def test_a_pass_costs_a_gpu_fewer_tokens_the_larger_the_model() -> None:
     small = LlamaConfig(hidden_size=576, intermediate_size=1536, num_attention_heads=9, num_key_value_heads=3)
     large = LlamaConfig(hidden_size=2048, intermediate_size=8192, num_attention_heads=32, num_key_value_heads=32)
     cuda = torch.device("cuda")
-    assert learner.pass_tokens(cuda, small) == round(learner.PASS_WEIGHTS["cuda"] / 3_538_944)
-    assert learner.pass_tokens(cuda, large) == round(learner.PASS_WEIGHTS["cuda"] / 67_108_864)
+    assert learner.pass_tokens(cuda, small) == round(passes.PASS_WEIGHTS["cuda"] / 3_538_944)
+    assert learner.pass_tokens(cuda, large) == round(passes.PASS_WEIGHTS["cuda"] / 67_108_864)
     assert learner.pass_tokens(torch.device("cpu"), large) == learner.PASS_TOKENS
 
 

@@ -115,20 +115,20 @@ def test_memory_page_follows_from_code_and_records() -> None:
     assert (ROOT / table.PAGE).read_text(encoding="utf-8") == table.page(ROOT / table.RECORDS)
 
 
-def test_numbers_taken_from_elsewhere_are_still_those() -> None:
+def test_numbers_taken_from_elsewhere_are_still_those(monkeypatch: pytest.MonkeyPatch) -> None:
     """They are written down again so that a plan needs no torch and no mlx."""
     from trl.kernels import chunked_logprob
     from trl.trainer import utils
 
     from rl import measure
-    from rl.algorithms import learner
     from rl.rollouts import cache, device, forward, sync
 
     assert workload.HELDOUT_CHUNK == measure.CHUNK
-    assert workload.SHORTEST_PREFIX == learner.SHORTEST_PREFIX
     assert memory.TILE_TOKENS == chunked_logprob.TOKEN_CHUNK_SIZE
     assert memory.TILE_VOCABULARY == utils._CHUNKED_LOGPROB_CHUNK_SIZE
     assert (memory.SYNC_PART, memory.PREFILL_TOKENS) == (sync.PART_BYTES, forward.PREFILL_TOKENS)
+    monkeypatch.setattr(device, "backend", lambda: "cuda")
+    assert device.steps_between_syncs() == memory.UNDER_WAY
     assert (memory.RING_STEP, machine.MLX_CACHE) == (cache.RING_STEP, device.CACHE_BYTES)
 
 
@@ -157,14 +157,51 @@ def test_the_trainer_s_base_is_held_as_the_plan_says(tmp_path: Path, hold: str |
 
 
 def test_prompts_read_once_are_counted_once(tmp_path: Path) -> None:
-    """8 prompts of 100 tokens, 4 completions of 10 each: 800 + 320 tokens, not 32 x 110."""
+    """8 prompts of 100 tokens, 4 completions of 10 each: a prompt's last token is read with each of its completions,
+    and a completion's last is read by nobody, so 8 x 99 + 32 x 10 tokens in place of 32 x 110."""
+    shape = architecture.known("HuggingFaceTB/SmolLM2-135M-Instruct")
     work = replace(
         workload.of(configs.load(config_file(tmp_path))),
         **{"rows": 32, "rollout_rows": 32, "prompts": 8, "prompt": 100, "prefix": 0, "completion": 10, "length": 110},
     )
-    assert memory._tokens(work) == 800 + 320
-    assert memory._tokens(replace(work, prefix=90)) == 90 + 80 + 320
-    assert memory._tokens(replace(work, prompts=0)) == memory._tokens(replace(work, checkpointing=True)) == 3520
+    assert memory._tokens(shape, work, "cpu") == 8 * 99 + 320
+    assert memory._tokens(shape, replace(work, prefix=90), "cpu") == 90 + 8 * 9 + 320
+    for whole in (replace(work, prompts=0), replace(work, checkpointing=True), replace(work, algorithm="ppo")):
+        assert memory._tokens(shape, whole, "cpu") == 3520  # PPO's trainer has a forward of its own
+
+
+def test_the_plan_takes_the_way_that_the_learner_takes() -> None:
+    """Trap: since narrow models on a GPU read whole rows, a plan of prompts read once was a third below an H100's peak.
+    The learner is asked with a batch of these sizes, the planner with the sizes."""
+    import torch
+    from transformers import AutoConfig
+
+    from rl.algorithms import learner
+
+    ids = torch.randint(5, 900, (32, 512), generator=torch.Generator().manual_seed(0))
+    ids[1::2, :256] = ids[::2, :256]
+    for name, wholes in (("SmolLM2-135M", (False, True)), ("SmolLM2-1.7B", (False, False))):
+        told = architecture.config_json(f"HuggingFaceTB/{name}-Instruct")
+        shape = architecture.from_config(told, name)
+        config = AutoConfig.for_model(told.pop("model_type"), **told)
+        work = replace(table.standard("LoRA", 8), checkpointing=False, rows=32, prompts=16)
+        for device, whole in zip(("cpu", "cuda"), wholes, strict=True):
+            cost = learner.pass_tokens(torch.device(device), config)
+            assert (learner.share(ids, torch.ones_like(ids), 256, cost=cost) is None) == whole
+            tokens = 32 * 512 if whole else 16 * 255 + 32 * 256
+            assert memory._tokens(shape, work, device) == tokens
+
+
+def test_shorter_prompts_that_are_read_whole_may_hold_more() -> None:
+    """Where the longest prompts are read once, the longest that are not are planned for too."""
+    shape = architecture.known("HuggingFaceTB/SmolLM2-135M-Instruct")
+    work = replace(table.standard("LoRA", 8), checkpointing=False, rows=32, prompts=4, prompt=256)
+    cost = round(2e10 / (shape.matrix // shape.layers))
+    longest, shorter = memory._batches(shape, work, "cuda")
+    assert (longest, shorter.length) == (work, shorter.prompt + 256)
+    p = shorter.prompt
+    assert 32 * p <= 4 * (p - 1) + cost  # whole rows are the fewest tokens, and no longer with one token more
+    assert 32 * (p + 1) > 4 * p + cost
 
 
 # --- measuring
@@ -261,13 +298,18 @@ def test_a_case_that_takes_too_long_is_given_up_on_and_the_next_one_begins(
 def test_scores_on_a_gpu_are_those_of_the_passes_without_a_mask() -> None:
     """Trap: prompts read once see only themselves, and the completions behind them have a mask and a fused kernel: all
     scores of all rows would make 135M with 512 tokens a third larger than it is."""
+    shape = architecture.known("HuggingFaceTB/SmolLM2-1.7B-Instruct")  # wide: a pass of its own is worth its launches
     work = table.standard("LoRA", 8)
     work = replace(work, checkpointing=False, rows=32, prompts=16, prompt=256, prefix=0, completion=256, length=512)
-    assert memory._scores(work, "mps") == 32 * 512**2
-    assert memory._scores(work, "cuda") == 16 * 256**2
-    assert memory._scores(replace(work, prefix=100), "cuda") == 100**2  # what all prompts share goes first, once
-    assert memory._scores(replace(work, prompts=0), "cuda") == 32 * 512**2
-    assert memory._scores(replace(work, checkpointing=True), "cuda") == 32 * 512**2
+    assert memory._scores(shape, work, "mps") == 32 * 512**2
+    assert memory._scores(shape, work, "cuda") == 16 * 256**2
+    assert memory._scores(shape, replace(work, prefix=100), "cuda") == 100**2  # what all prompts share goes first, once
+    assert memory._scores(shape, replace(work, prompts=0), "cuda") == 32 * 512**2
+    assert memory._scores(shape, replace(work, checkpointing=True), "cuda") == 32 * 512**2
+    narrow = architecture.known("HuggingFaceTB/SmolLM2-135M-Instruct")
+    assert memory._scores(narrow, work, "cuda") == 32 * 512**2
+    # each layer's own copy of a mask is held beside them: the completions' over all they see
+    assert memory._masks(shape, work, "cuda") == 32 * 256 * 512
 
 
 def test_a_gpu_measures_first_what_nothing_else_can() -> None:

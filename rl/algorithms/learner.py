@@ -17,15 +17,9 @@ import torch
 import trl.trainer.utils
 from transformers import DynamicCache
 
+from rl.algorithms import passes
+from rl.algorithms.passes import PASS_TOKENS
 from rl.device import padded
-
-# below this many shared tokens a pass of their own costs more than it saves
-SHORTEST_PREFIX = 8
-# what a further pass through the layers costs, in tokens, on a CPU: it reads all weights again
-PASS_TOKENS = 16
-# and off it, in tokens x weights of a layer: a layer of a LoRA policy is about 170 launches there and back whatever its
-# size. From 20 us each against 40 TFLOP/s of an H100 in float32; for MPS the same launches against 10, not measured
-PASS_WEIGHTS = {"cuda": 2e10, "mps": 5e9}
 
 
 def score_completions_only() -> None:
@@ -74,11 +68,11 @@ class Shared:
 
 def pass_tokens(device: torch.device, config: Any) -> int:
     """How many tokens take as long as one more pass through a layer of a model of transformers' `config`."""
-    if device.type not in PASS_WEIGHTS:
+    if device.type not in passes.PASS_WEIGHTS:
         return PASS_TOKENS
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     attention = 2 * (config.num_attention_heads + config.num_key_value_heads) * width
-    return round(PASS_WEIGHTS[device.type] / (config.hidden_size * (attention + 3 * config.intermediate_size)))
+    return passes.pass_tokens(device.type, config.hidden_size * (attention + 3 * config.intermediate_size))
 
 
 def share(
@@ -97,28 +91,28 @@ def share(
     rows, total = input_ids.shape
     device = input_ids.device
     split = total - completion_columns
-    prefix = shared_prefix(input_ids, attention_mask, completion_columns)
-    if device.type == "mps":  # few different shapes
-        prefix -= prefix % SHORTEST_PREFIX
-    prefix = 0 if prefix < SHORTEST_PREFIX else prefix
+    prefix = passes.shared(shared_prefix(input_ids, attention_mask, completion_columns), device.type)
     longest = int(attention_mask[:, :split].sum(1).max())
     numbers: dict[bytes, int] = {}
     keys = row_keys(input_ids[:, :split], attention_mask[:, :split])
     of_row = tuple(numbers.setdefault(key, len(numbers)) for key in keys)
     prompts = tuple(of_row.index(i) for i in range(len(numbers)))
-    if device.type == "mps":  # a power of two of them, the first one again
-        prompts += prompts[:1] * ((1 << (len(prompts) - 1).bit_length()) - len(prompts))
-
-    cost = PASS_TOKENS if cost is None else cost
-    first = prefix + cost if prefix else 0
-    ways: dict[Shared | None, int] = {None: rows * total}
-    if prefix:
-        ways[Shared(prefix)] = first + rows * padded(longest - prefix + completion_columns - 1, device)
-    rest = padded(longest - 1 - prefix, device)
-    own = padded(completion_columns, device)
-    if longest - 1 > prefix and (window is None or prefix + rest + own <= window):
-        ways[Shared(prefix, prompts, of_row)] = first + len(prompts) * rest + cost + rows * own
-    return min(ways, key=lambda way: ways[way])
+    sizes = passes.Sizes(
+        rows=rows,
+        prompt=longest,
+        completion=completion_columns,
+        prompts=len(prompts),
+        prefix=prefix,
+        window=window,
+        total=total,
+    )
+    way = passes.choose(sizes, device.type, PASS_TOKENS if cost is None else cost)
+    if way == "whole":
+        return None
+    if way == "prefix":
+        return Shared(prefix)
+    prompts += prompts[:1] * (passes.on_device(len(prompts), device.type) - len(prompts))  # the first one again
+    return Shared(prefix, prompts, of_row)
 
 
 def shared_prefix(input_ids: torch.Tensor, attention_mask: torch.Tensor, completion_columns: int) -> int:

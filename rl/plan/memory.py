@@ -10,11 +10,13 @@ Not measured, since nobody here has a Mac: Metal's allocator, and the attention 
 its math path, with all scores of a layer held.
 """
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from typing import Literal
 
+from rl.algorithms import GROUPED, passes
 from rl.plan.architecture import Architecture
-from rl.plan.workload import SHORTEST_PREFIX, Workload
+from rl.plan.workload import Workload
 
 Device = Literal["mps", "cuda", "cpu"]
 Parts = dict[str, float]  # name of a part -> bytes
@@ -26,6 +28,9 @@ CUDA_WORKSPACE = 96 << 20  # cuBLAS's own
 SYNC_PART = 64 << 20  # rl.rollouts.sync.PART_BYTES
 PREFILL_TOKENS = 16_384  # rl.rollouts.forward.PREFILL_TOKENS
 RING_STEP = 64  # rl.rollouts.cache.RING_STEP
+# steps between two looks (rl.rollouts.device.steps_between_syncs). With CUDA MLX holds what its kernels read until they
+# are done, and the engine waits for none of those steps: seen once on an H100, at six times the keys' own size
+UNDER_WAY = 8
 MARGIN = 0.05
 HELD = ("trainer weights", "adapter", "reference copy", "value model", "reward models", "optimizer states", "gradients")
 HELD += ("sampler weights",)
@@ -58,10 +63,11 @@ class Prediction:
 
 def predict(shape: Architecture, work: Workload, device: Device) -> Prediction:
     """The peaks of `work` on a model of `shape`."""
-    moments = _trainer(shape, work, device)
-    moment = max(moments, key=lambda name: sum(moments[name].values()))
+    batches = (_trainer(shape, batch, device) for batch in _batches(shape, work, device))
+    found = [(name, parts) for moments in batches for name, parts in moments.items()]
+    moment, fullest = max(found, key=lambda one: sum(one[1].values()))
     sampler = _sampler(shape, work, device) if work.engine == "mlx" else {}
-    return Prediction(moments[moment], sampler, moment)
+    return Prediction(fullest, sampler, moment)
 
 
 def holds_codes(work: Workload, device: Device) -> bool:
@@ -146,16 +152,41 @@ def _states(optimizer: str) -> float:
     return {"sgd": 0.0, "adagrad": 1.0, "rmsprop": 1.0}.get(optimizer, 2.0)
 
 
-def _tokens(work: Workload) -> int:
-    """Tokens of one forward with gradient; the online trainers read once what prompts share, as
-    `rl.algorithms.learner.share` decides it (its price of a pass aside)."""
-    if not work.rollout_rows or work.checkpointing:
-        return work.rows * work.length
-    shared = work.prefix if work.prefix >= SHORTEST_PREFIX else 0
-    together = shared + work.rows * (work.length - shared)
-    if not work.prompts:
-        return together
-    return min(together, shared + work.prompts * (work.prompt - shared) + work.rows * work.completion)
+def _passes(shape: Architecture, work: Workload, device: Device) -> tuple[passes.Way, tuple[int, ...]]:
+    """The way that the learner takes through a micro-batch, and the tokens of each of its passes."""
+    if work.algorithm not in GROUPED or work.checkpointing:
+        return "whole", (work.rows * work.length,)
+    sizes = passes.Sizes(
+        rows=work.rows,
+        prompt=work.prompt,
+        completion=work.completion,
+        prompts=work.prompts,
+        prefix=work.prefix,
+        window=shape.window if shape.windows else None,
+    )
+    way = passes.choose(sizes, device, passes.pass_tokens(device, shape.matrix // shape.layers))
+    return way, passes.ways(sizes, device)[way]
+
+
+def _batches(shape: Architecture, work: Workload, device: Device) -> Iterator[Workload]:
+    """The batches that may be the fullest: the one with the longest prompts, and where the learner reads those once the
+    one with the longest prompts that it does not, which may hold more."""
+    yield work
+    way = _passes(shape, work, device)[0]
+    if way == "whole":
+        return
+    for prompt in range(work.prompt - 1, 0, -1):
+        shorter = replace(
+            work, prompt=prompt, prefix=min(work.prefix, prompt - 1), length=work.length - work.prompt + prompt
+        )
+        if _passes(shape, shorter, device)[0] != way:
+            yield shorter
+            return
+
+
+def _tokens(shape: Architecture, work: Workload, device: Device) -> int:
+    """Tokens of one forward with gradient, all its passes together."""
+    return sum(_passes(shape, work, device)[1])
 
 
 def _layer_saved(shape: Architecture, work: Workload, device: Device) -> tuple[float, float]:
@@ -170,7 +201,7 @@ def _layer_saved(shape: Architecture, work: Workload, device: Device) -> tuple[f
     if shape.qk_norm:
         full += (q + k) * (2 if whole else 1)
     if _math_attention(shape, work, device):
-        heads += shape.heads * _scores(work, device) / _tokens(work)  # softmax's output is kept
+        heads += shape.heads * _scores(shape, work, device) / _tokens(shape, work, device)  # softmax's output is kept
     inner = 4 * q + 4 * i  # queries, keys and values repeated for every head, output; gate, its activation, up, product
     casts = 2 * d  # the two inputs of linears
     ranks = 0.0
@@ -190,25 +221,38 @@ def _math_attention(shape: Architecture, work: Workload, device: Device) -> bool
     return device == "mps" or (device == "cuda" and shape.kv_heads != shape.heads and not work.autocast)
 
 
-def _scores(work: Workload, device: Device) -> float:
+def _scores(shape: Architecture, work: Workload, device: Device) -> float:
     """Scores of one head that the math path makes of a micro-batch: all of them on MPS; on CUDA those of a pass whose
     tokens see no earlier pass's, since a pass that does has a mask, and with it a fused kernel.
     """
-    if device != "cuda" or not work.prompts or work.checkpointing:
+    way, _ = _passes(shape, work, device)
+    if device == "mps" or way == "whole":
         return work.rows * work.length**2
-    return work.prefix**2 if work.prefix >= SHORTEST_PREFIX else work.prompts * work.prompt**2
+    prefix = passes.shared(work.prefix, device)
+    return prefix**2 if prefix else work.prompts * work.prompt**2
+
+
+def _masks(shape: Architecture, work: Workload, device: Device) -> float:
+    """Numbers of a layer's mask where rows are padded or see an earlier pass: each layer turns the booleans into its
+    own numbers and keeps them. Without a mask, where the math path then runs, its scores are more."""
+    way, _ = _passes(shape, work, device)
+    if way == "whole":
+        return 0 if _math_attention(shape, work, device) else work.rows * work.length**2
+    last = work.completion if way == "prompts" else work.length - passes.shared(work.prefix, device)
+    return work.rows * last * work.length
 
 
 def _activations(shape: Architecture, work: Workload, device: Device) -> float:
     saved, stream = _layer_saved(shape, work, device)
-    tokens, whole = _tokens(work), work.lora_rank == 0
+    tokens, whole = _tokens(shape, work, device), work.lora_rank == 0
     per_token = shape.layers * (stream if work.checkpointing else saved)
     # the final norm, its output, positions (cosine and sine), ids and masks
     per_token += shape.hidden * FLOAT * (3 if whole else 2) + 2 * shape.head_dim * FLOAT + 64
-    total = tokens * per_token
+    total, item = tokens * per_token, HALF if work.autocast else FLOAT
     if work.prompts and not work.checkpointing:  # keys and values of what was read once, again for each row
         again = max(0, work.rows * work.length - tokens)
-        total += 2 * shape.layers * again * shape.queries * (HALF if work.autocast else FLOAT)
+        total += 2 * shape.layers * again * shape.queries * item
+    total += _masks(shape, work, device) * (1 if work.checkpointing else shape.layers) * item
     if work.autocast:  # weights cast once, and kept for the backward
         total += shape.matrix * HALF / (shape.layers if work.checkpointing else 1)
     # below the first adapter there is nothing to keep
@@ -222,10 +266,10 @@ def _activations(shape: Architecture, work: Workload, device: Device) -> float:
 
 def _layer_backward(shape: Architecture, work: Workload, device: Device) -> float:
     """What one layer's backward holds beside what was saved: with checkpointing the layer computed again."""
-    tokens = _tokens(work)
+    tokens = _tokens(shape, work, device)
     passing = tokens * (3 * shape.intermediate + 2 * shape.hidden) * FLOAT
     if _math_attention(shape, work, device):
-        passing = max(passing, 2.0 * shape.heads * _scores(work, device) * FLOAT)
+        passing = max(passing, 2.0 * shape.heads * _scores(shape, work, device) * FLOAT)
     if work.checkpointing:
         passing += tokens * _layer_saved(shape, work, device)[0]
     if holds_codes(work, device):
@@ -262,18 +306,19 @@ def _hand_over(shape: Architecture, work: Workload) -> float:
     return min(part, trained_parameters(shape, work) * FLOAT) * 2.5
 
 
-def _kv(shape: Architecture, work: Workload, item: int, grouped: bool) -> float:
+def _kv(shape: Architecture, work: Workload, item: int, grouped: bool, steps: int = 1) -> float:
     """Keys and values of a rollout at its end, with what moving them takes.
 
-    A step writes into new arrays while the old ones are held, so what is drawn counts twice; `grouped` (MLX on a CPU)
-    holds a prompt once for all its completions, otherwise each row has its own.
+    A step writes into new arrays while the old ones are held, so what is drawn counts twice, and once more for each
+    further one of `steps` under way; `grouped` (MLX on a CPU) holds a prompt once for all its completions, otherwise
+    each row has its own.
     """
     drawn, prompts = work.decoded * work.completion, work.distinct * work.prompt
     if grouped:
-        tokens = 2.0 * drawn + 1.4 * prompts
+        tokens = (1.0 + steps) * drawn + 1.4 * prompts
     else:
         width = -(-work.prompt // RING_STEP) * RING_STEP + -(-work.completion // RING_STEP) * RING_STEP
-        tokens = 2.0 * work.decoded * width + 2.0 * prompts
+        tokens = (1.0 + steps) * work.decoded * width + 2.0 * prompts
     return 2.0 * shape.layers * shape.keys * item * tokens
 
 
@@ -292,16 +337,17 @@ def _sampler(shape: Architecture, work: Workload, device: Device) -> Parts:
         arriving = 0.0
     else:  # the old weights stay until the new ones are there, and the trainer's numbers until they are converted
         arriving = shape.parameters * FLOAT + (weights if item != FLOAT else 0)
-    grouped = device == "cpu"
-    kv = _kv(shape, work, item, grouped)
+    grouped, steps = device == "cpu", UNDER_WAY if device == "cuda" else 1
     tokens = min(PREFILL_TOKENS, work.distinct * work.prompt)
     reading = tokens * (4 * shape.intermediate + 6 * shape.hidden + 4 * shape.queries) * item
     if device == "cpu":  # no fused attention
         reading += 2.0 * work.distinct * shape.heads * work.prompt**2 * item
     drawing = 4.0 * work.decoded * shape.vocab * FLOAT + 3.0 * work.decoded * shape.intermediate * item
-    rolling = {"KV cache": kv, "prompts and logits": max(reading, drawing)}
+    cached, moving = (_kv(shape, work, item, grouped, many) for many in (1, steps))
+    first = {"KV cache": cached, "prompts and logits": steps * reading}  # as many layers of it, by the same reason
+    rolling = {"KV cache": moving, "prompts and logits": drawing}
     read = 1.5 * shape.embedding * HALF  # the largest matrix as it lies in the file
-    moments = [parts | rolling, parts | {"weights arriving": arriving}, parts | {"weights read": read}]
+    moments = [parts | first, parts | rolling, parts | {"weights arriving": arriving}, parts | {"weights read": read}]
     if work.converts:  # float32 weights turn into codes and back, one after the other
         making = shape.parameters * FLOAT + codes_bytes(shape, work.bits, work.group) + shape.embedding * FLOAT
         moments.append({"making the quantized base, once": making})

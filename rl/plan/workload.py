@@ -23,7 +23,6 @@ HUB_ANSWERS = {"openai/gsm8k": 8, "openai/gsm8k:main": 8}
 UNKNOWN_PROMPT = 512
 GYM_PROMPT = 96  # of one question, and of each worked example
 SAMPLES = 8
-SHORTEST_PREFIX = 8  # rl.algorithms.learner.SHORTEST_PREFIX
 HELDOUT_CHUNK = 64  # rl.measure.CHUNK, which cannot be imported without numpy
 
 
