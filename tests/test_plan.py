@@ -249,6 +249,32 @@ def test_train_stops_before_loading_what_would_not_fit(
     assert [p.name for p in tmp_path.iterdir()] == ["x.toml"]  # nothing written
 
 
+def test_no_run_is_refused_on_an_assumption(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """SmolLM2 reads numbers a digit at a time: 120 digits are 120 tokens, where three characters a token make 40; and
+    worked sums of its PPO config, assumed to have 288, an 80 GB card takes easily."""
+    card = machine.Machine("h100", "cuda", 79.6 * GIB, 0, 0, 0, "made up")
+    monkeypatch.setattr(machine, "this", lambda *_, **__: card)
+    monkeypatch.chdir(ROOT)
+    path = Path("configs/smollm2/ppo_reward.toml")
+    assert not verdict.make(configs.load(path), card, ROOT).fits
+    command.refuse(path, [])
+    for name in ("train", "heldout"):
+        rows = [f'{{"prompt": "{i}{"7" * (119 - i // 10)}", "answer": "1"}}' for i in range(10, 14)]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(rows) + "\n" if name == "train" else rows[0] + "\n")
+    text = (
+        TINY.format(rows=4096)
+        .replace("size = 200", "size = 1024")
+        .replace('base = "tiny"', 'base = "smollm2-135m-instruct"')
+    )
+    text = "\n".join(line for line in text.split("\n") if not line.startswith("tiny ="))
+    text = text.replace(
+        'source = "arithmetic"', 'source = "jsonl"\npath = "train.jsonl"\nheldout_path = "heldout.jsonl"'
+    )
+    (tmp_path / "x.toml").write_text(text.replace('form = "char"', 'form = "plain"').replace("size = 8", "size = 1"))
+    with pytest.raises(UserError, match="with prompts of 120 tokens, counted, needs about"):
+        command.refuse(tmp_path / "x.toml", [])
+
+
 def test_a_model_that_cannot_be_planned_may_train(tmp_path: Path) -> None:
     text = TINY.format(rows=8).replace('base = "tiny"', 'base = "nobody/nothing"')
     text = "\n".join(line for line in text.split("\n") if not line.startswith("tiny =")).replace('"char"', '"plain"')

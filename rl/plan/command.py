@@ -41,11 +41,19 @@ def refuse(path: Path, overrides: Sequence[str]) -> None:
         plan = make(config, machine, ROOT)
     except UserError:
         return  # what is wrong with the model is said better where it is loaded
+    if plan.fits:
+        return
+    from rl.plan import prompts
+
+    counted = prompts.longest(config, ROOT)  # some seconds: an assumption is not to refuse a run
+    if counted is not None:
+        plan = make(config, machine, ROOT, counted)
     if not plan.fits:
+        known = "" if counted is None else f" with prompts of {counted} tokens, counted,"
+        gives = f"{machine.usable / GIB:.1f} of {machine.memory / GIB:.0f} ({machine.reserve})"
         raise UserError(
-            f"{path}: needs about {plan.needed / GIB:.1f} GiB and this machine gives {machine.usable / GIB:.1f} of "
-            f"{machine.memory / GIB:.0f} ({machine.reserve}): {_remedy(path, overrides, machine, None)}; "
-            "`plan` shows the parts, --force trains all the same"
+            f"{path}:{known} needs about {plan.needed / GIB:.1f} GiB and this machine gives {gives}: "
+            f"{_remedy(path, overrides, machine, counted)}; `plan` shows the parts, --force trains all the same"
         )
 
 
