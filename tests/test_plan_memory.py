@@ -248,6 +248,7 @@ def test_cases_are_recorded_as_they_end_and_none_begins_that_would_end_too_late(
     """A real run of two steps on random weights of a known model's sizes; the second case waits for another day."""
     from types import SimpleNamespace
 
+    from rl import measure as heldout
     from rl.plan import measure
 
     small = ("qwen3", 64, 96, 2, 4, 2, 16, 150, True, 512)
@@ -256,10 +257,13 @@ def test_cases_are_recorded_as_they_end_and_none_begins_that_would_end_too_late(
     monkeypatch.setattr(measure, "SMALL", (Case(name="first", **given), Case(name="second", **given)))
     monkeypatch.setattr(measure.torch.cuda, "is_available", lambda: False)
     monkeypatch.chdir(tmp_path)
+    asked, real = [], heldout.measure
+    monkeypatch.setattr(heldout, "measure", lambda *args: asked.append(args[4]) or real(*args))
     ticks = iter([0.0, 0.0, 30.0, 30.0, 30.0])  # the first case takes 30 s, and so might the second
     monkeypatch.setattr(measure, "time", SimpleNamespace(monotonic=lambda: next(ticks)))
     assert measure.main([], Path("out"), budget=50) == 0
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["cpu-first.json"]
+    assert asked == [1, 1]  # before and after: no answer longer than it must be, the peak is a step's
     assert "not begun within 50 s: second" in capsys.readouterr().out
     (checked,) = table.checks(tmp_path / "out")
     assert min(checked.measured) > 0

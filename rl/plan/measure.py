@@ -145,6 +145,23 @@ def bounded(seconds: float) -> Iterator[None]:
         signal.signal(signal.SIGALRM, before)
 
 
+@contextmanager
+def short_answers() -> Iterator[None]:
+    """In the block a run's held-out answers, before and after, are one token each: the peak is that of its steps."""
+    from rl import measure as heldout
+
+    whole = heldout.measure
+
+    def short(sampler: Any, tokenizer: Any, rows: Any, grade: Any, _longest: int, *more: Any) -> Any:
+        return whole(sampler, tokenizer, rows, grade, 1, *more)
+
+    heldout.measure = short
+    try:
+        yield
+    finally:
+        heldout.measure = whole
+
+
 def measure(case: Case, folder: Path, device: str, bases: Path) -> dict[str, Any]:
     """Train `case` in `folder` and return its record: case, sizes as they came out, peaks in bytes, versions.
 
@@ -161,7 +178,7 @@ def measure(case: Case, folder: Path, device: str, bases: Path) -> dict[str, Any
     shape = architecture.find(config, folder)
     expected = workload.of(config, prompt=case.prompt, completion=case.completion)
     counters, note = _counters(config, device)
-    with counters():
+    with counters(), short_answers():
         train_run(path, [], Display(stages=5))
     peaks = note()
     lines = (folder / "models" / "final" / config.run.name / "metrics.jsonl").read_text().splitlines()
