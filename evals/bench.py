@@ -197,11 +197,7 @@ def bench(
             report.contests.append(contest(work, lms, sizes.repeats, deadline))
         done()
     del lms, hf, mlx
-    gc.collect()
-    if kind == "cuda":
-        import torch
-
-        torch.cuda.empty_cache()
+    devices.give_back(devices.pick(kind))  # type: ignore[arg-type]  # one of TORCH_DEVICE's
 
 
 def works(mlx: Any, tokenizer: Any, sizes: Sizes) -> list[Work]:

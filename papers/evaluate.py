@@ -30,17 +30,14 @@ def measure(study: Study, root: Path, quick: bool = False) -> dict[str, str]:
             by_task.setdefault(task, []).append(name)
         else:
             failed[name] = f"{task}: the run's weights are not here; measure it where they are, and import it again"
-    for (
-        task,
-        names,
-    ) in by_task.items():  # one process a task: starting lm-eval takes longer than a small run's questions
+    for task, names in by_task.items():  # one process each: it takes longer to start than a small run's questions
         print(f"{task}: {len(names)} runs", flush=True)
         done = subprocess.run([sys.executable, "-m", "evals", *names, "--tasks", task], cwd=root)
         if done.returncode == 130:
             raise KeyboardInterrupt
         if done.returncode:  # what lies there may be of an earlier run of that name
-            failed |= {name: f"{task}: `python -m evals {name} --tasks {task}` ended with {done.returncode}"
-                       for name in names}  # fmt: skip
+            for name in names:
+                failed[name] = f"{task}: `python -m evals {name} --tasks {task}` ended with {done.returncode}"
     take(study, root, root / "evals" / "results", quick, failed)
     return failed
 

@@ -4,6 +4,7 @@ Nothing here imports torch before a function needs it. What is said about MPS co
 reports of others: none of it was measured on a Mac by this project.
 """
 
+import gc
 import os
 import platform
 import resource
@@ -99,6 +100,16 @@ def empty_cache(device: "torch.device") -> None:
         import torch
 
         torch.mps.empty_cache()
+
+
+def give_back(device: "torch.device") -> None:
+    """Collect garbage and hand all that torch keeps for reuse back to the system, where MLX may need it."""
+    gc.collect()
+    if device.type == "cuda":
+        import torch
+
+        torch.cuda.empty_cache()
+    empty_cache(device)
 
 
 def bucket(length: int, multiple: int = BUCKET) -> int:

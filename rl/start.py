@@ -103,13 +103,9 @@ def load_whole(
     `weights` are all those that were trained (`rl.processes.whole_weights`). What training held on the card is given
     back first: MLX cannot take what torch's allocator keeps.
     """
-    import gc
+    from rl.device import give_back
 
-    import torch
-
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
+    give_back(device)
     policy = load_policy(config, start, processes.loading_place(device))
     policy.load_state_dict(weights, strict=False)
     return policy, load_sampler(config, start, policy, tokenizer, stop_ids)

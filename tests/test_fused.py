@@ -156,6 +156,7 @@ def test_the_attention_kernel_is_used_where_it_is_right(off: float, monkeypatch:
         attention.kernel_works.cache_clear()
 
 
+@pytest.mark.skipif(device.backend() == "cuda", reason="here the kernel has its backend")
 def test_without_the_kernel_s_backend_decoding_goes_on(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

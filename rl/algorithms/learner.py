@@ -70,9 +70,11 @@ def pass_tokens(device: torch.device, config: Any) -> int:
     """How many tokens take as long as one more pass through a layer of a model of transformers' `config`."""
     if device.type not in passes.PASS_WEIGHTS:
         return PASS_TOKENS
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    attention = 2 * (config.num_attention_heads + config.num_key_value_heads) * width
-    return passes.pass_tokens(device.type, config.hidden_size * (attention + 3 * config.intermediate_size))
+    heads = config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // heads
+    attention = 2 * (heads + (getattr(config, "num_key_value_heads", None) or heads)) * width
+    feed_forward = 3 * (getattr(config, "intermediate_size", None) or 4 * config.hidden_size)
+    return passes.pass_tokens(device.type, config.hidden_size * (attention + feed_forward))
 
 
 def share(

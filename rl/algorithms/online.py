@@ -196,9 +196,9 @@ class Online:
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         size, parts = batch_size or len(input_ids), []
         window = getattr(model.config, "sliding_window", None)
+        cost = pass_tokens(input_ids.device, model.config)
         for start in range(0, len(input_ids), size):
             ids, mask = input_ids[start : start + size], attention_mask[start : start + size]
-            cost = pass_tokens(ids.device, model.config)
             shared = None if self.args.gradient_checkpointing else share(ids, mask, columns, window, cost)
             if shared is None:
                 # TRL gives the head of a reference model of its own no entropy

@@ -15,7 +15,7 @@ SHORTEST_PREFIX = 8
 # what a further pass through the layers costs, in tokens, on a CPU: it reads all weights again
 PASS_TOKENS = 16
 # and off it, in tokens x weights of a layer: a layer of a LoRA policy is about 170 launches there and back whatever its
-# size. From 20 us each against 40 TFLOP/s of an H100 in float32; for MPS the same launches against 10, not measured
+# size. Guesses, not fitted to any machine: 20 us a launch, beside 40 TFLOP/s in float32 (CUDA) or 10 (MPS)
 PASS_WEIGHTS = {"cuda": 2e10, "mps": 5e9}
 
 

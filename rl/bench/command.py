@@ -4,13 +4,12 @@ One process, contestants in turns, ratios within a repetition. Nothing is timed 
 greedy completions with the trainer's own logits, and nothing counts whose lengths are not the forced ones.
 """
 
-import gc
 import os
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rl import config as configs
 from rl import device as devices
@@ -21,9 +20,6 @@ from rl.bench.models import Subject, sizes_of, subject
 from rl.bench.rollouts import Budget, Setting, agree, contest, said, works
 from rl.bench.table import Report, Steps, Sync
 from rl.errors import RunFailed
-
-if TYPE_CHECKING:
-    import torch
 
 ROOT = Path(__file__).resolve().parents[2]
 PARTS = {"rollouts": 8.0, "sync": 1.0, "step": 5.0}  # and their shares of the budget
@@ -168,7 +164,7 @@ def bench(
             del policy  # the rollouts' last use of it; a nested function keeps its cell, not the weights
         if name == "step":
             del sampler, reference
-            _free(setting.device)
+            devices.give_back(setting.device)
         if name not in parts:
             continue
         share = budget.part(left.pop(name) / (sum(left.values()) + PARTS[name]))
@@ -264,14 +260,4 @@ def step_times(subject: Subject, setting: Setting, budget: Budget) -> Iterator[S
             budget.left,
         )
         yield Steps(kind, prompts, group, setting.prompt, setting.new, seconds)
-        _free(setting.device)
-
-
-def _free(device: "torch.device") -> None:
-    """Give back what the last contestants held, so that the next start alike."""
-    import torch
-
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-    devices.empty_cache(device)
+        devices.give_back(setting.device)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from rl.bench import table as tables
 from rl.bench.models import Subject
 from rl.bench.table import BATCH, ENGINE, HF, PAGED, Contest, Sizes, Work
+from rl.device import give_back
 from rl.errors import RunFailed
 
 if TYPE_CHECKING:
@@ -173,8 +174,6 @@ def contest(
     stay out of further repetitions. None where not even one repetition was finished in time. `absent`: who does not
     take part and why; continuous batching is added to it when it fails here.
     """
-    import torch
-
     from rl.rollouts import bench as contestants
 
     prompts = [p for p in subject.prompts[: work.prompts] for _ in range(work.group)]
@@ -221,8 +220,8 @@ def contest(
                         found.seconds.pop(PAGED)
                         continue
                 turns[name] = time.perf_counter() - started
-                if name in (HF, PAGED) and setting.device.type == "cuda":
-                    torch.cuda.empty_cache()  # what torch keeps for itself MLX cannot have: 1.7B ran out of memory
+                if name in (HF, PAGED):
+                    give_back(setting.device)  # what torch keeps for itself MLX cannot have: 1.7B ran out of memory
                 lengths = [len(tokens) for tokens in done]
                 limits, asked = limits or lengths, asked or lengths
                 if lengths != asked or (name == ENGINE and not work.long_tail and set(lengths) != {most}):

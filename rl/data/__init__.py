@@ -84,7 +84,7 @@ def check_lengths(
     rows: Sequence[Row], tokenizer: Any, limit: int, source: str, tools: Sequence[Any] | None = None
 ) -> None:
     """Raise UserError for the longest prompt over `limit` tokens (chat template and `tools` included), by its row."""
-    longest, tokens = max(((row, _tokens(row, tokenizer, source, tools)) for row in rows), key=lambda x: x[1])
+    longest, tokens = max(((row, prompt_tokens(row, tokenizer, source, tools)) for row in rows), key=lambda x: x[1])
     if tokens > limit:
         raise UserError(
             f"{source}: row '{longest['id']}' has a prompt of {tokens} tokens, and {limit} fit (context less new "
@@ -92,7 +92,8 @@ def check_lengths(
         )
 
 
-def _tokens(row: Row, tokenizer: Any, source: str, tools: Sequence[Any] | None) -> int:
+def prompt_tokens(row: Row, tokenizer: Any, source: str, tools: Sequence[Any] | None) -> int:
+    """Tokens of the row's prompt, chat template and `tools` included; UserError for a chat without a template."""
     prompt = row["prompt"]
     if isinstance(prompt, str):
         return len(tokenizer(prompt)["input_ids"])

@@ -151,7 +151,7 @@ def find(config: "Config", root: Path) -> Architecture:
     if base == "smollm2-135m-instruct":
         return known(PACKAGED)
     folder = root / Path(base).expanduser()
-    cached = _cached(base)
+    cached = cached_config(base)
     for path in (folder / "config.json", *([cached] if cached else [])):
         if path.is_file():
             try:
@@ -172,7 +172,7 @@ def converted(config: "Config", root: Path) -> bool:
     base, quantization = config.model.base, config.model.quantization
     if base is None or base == "tiny" or quantization is None:
         return False
-    cached = _cached(base)
+    cached = cached_config(base)
     name = PACKAGED if base == "smollm2-135m-instruct" else base
     ending = f"-q{quantization.bits}g{quantization.group_size}"
     names = [Path(name).name, *([cached.parent.name] if cached else [])]
@@ -232,7 +232,7 @@ def _tiny(config: "Config") -> Architecture:
     )
 
 
-def _cached(base: str) -> Path | None:
+def cached_config(base: str) -> Path | None:
     """`config.json` of a hub id in the hub's cache, where a model has been fetched before."""
     home = Path(os.environ.get("HF_HOME", Path.home() / ".cache" / "huggingface"))
     hub = Path(os.environ.get("HF_HUB_CACHE", home / "hub"))

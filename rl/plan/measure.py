@@ -8,7 +8,6 @@ What counts as the peak:
 - MLX's own counter, `mx.get_peak_memory`.
 """
 
-import gc
 import json
 import os
 import random
@@ -29,6 +28,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from rl import files
+from rl.device import give_back
 from rl.errors import RunFailed, UserError
 from rl.plan.architecture import KNOWN, config_json
 from rl.plan.cases import LARGE, SMALL, Case
@@ -300,7 +300,7 @@ def _counters(config: "Config", device: str) -> tuple[Callable[[], Any], Callabl
     """A context in which peaks are counted, and what reads them off afterwards."""
     from contextlib import nullcontext
 
-    gc.collect()  # what an earlier case has left
+    give_back(torch.device(device))  # what an earlier case has left
     sampled = config.rollout.engine == "mlx"
     if sampled:
         from rl.rollouts import device as mlx_device
@@ -308,7 +308,6 @@ def _counters(config: "Config", device: str) -> tuple[Callable[[], Any], Callabl
         mlx_device.reset_peak_memory()
     tracker = Tracker()
     if device == "cuda":
-        torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
 
     def note() -> dict[str, int]:

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from rl.errors import UserError
 from rl.models import PACKAGED, packaged_gguf
-from rl.plan.architecture import _cached
+from rl.plan.architecture import cached_config
 
 if TYPE_CHECKING:
     from rl.config import Config
@@ -29,7 +29,9 @@ def longest(config: "Config", root: Path) -> int | None:
         if tokenizer is None:
             return None
         rows = rows_of.build(config)
-        return max(rows_of._tokens(row, tokenizer, str(config.path), None) for row in (*rows.train, *rows.heldout))
+        return max(
+            rows_of.prompt_tokens(row, tokenizer, str(config.path), None) for row in (*rows.train, *rows.heldout)
+        )
     except (UserError, OSError, ValueError):
         return None  # what is wrong is said better where the run loads it
 
@@ -49,6 +51,6 @@ def _tokenizer(config: "Config", root: Path) -> Any:
         told = read_gguf(gguf)[1]
         template = told.get("tokenizer.chat_template")
         return PreTrainedTokenizerFast(tokenizer_object=build_tokenizer(gguf, told), chat_template=template)
-    cached = _cached(base)
+    cached = cached_config(base)
     folder = next((f for f in (root / base, *([cached.parent] if cached else [])) if f.is_dir()), None)
     return None if folder is None else AutoTokenizer.from_pretrained(folder, local_files_only=True)

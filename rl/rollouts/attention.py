@@ -5,7 +5,6 @@ operations, each of which a decoding GPU waits for; there a kernel of our own do
 before it is used, and where it fails or differs the five operations are.
 """
 
-import hashlib
 import logging
 from collections.abc import Callable
 from functools import cache
@@ -124,13 +123,4 @@ def _kernel(queries: mx.array, keys: mx.array, values: mx.array, scale: float, m
 @cache
 def _made(scale: float) -> Callable[..., list[mx.array]]:
     header = f"constexpr int WARPS = {WARPS};\nconstexpr float SCALE = {scale!r}f;\n"
-    # MLX keeps compiled kernels on disk by their name alone
-    name = f"attend_{hashlib.sha256((header + SOURCE).encode()).hexdigest()[:16]}"
-    return mx.fast.cuda_kernel(
-        name=name,
-        input_names=["queries", "keys", "values", "seen"],
-        output_names=["out"],
-        source=SOURCE,
-        header=header,
-        ensure_row_contiguous=False,
-    )
+    return device.cuda_kernel("attend", ["queries", "keys", "values", "seen"], SOURCE, header)

@@ -261,9 +261,8 @@ def masks(
     `age_T_B` is how many tokens the row has stored before that one; `ring` is the period of the columns, of which
     `used` are looked at. The coming token always sees itself, so no row is without anything to see.
     """
-    back_T_U = mx.array(
-        ((now_T[:, None] - np.arange(used)[None]) % ring).astype(np.int32)
-    )  # steps since it was written
+    # steps since each column was written
+    back_T_U = mx.array(((now_T[:, None] - np.arange(used)[None]) % ring).astype(np.int32))
     age = mx.array(age_T_B.astype(np.int32))
     shape = age.shape
     prompt_L = mx.arange(width)[None]

@@ -1,6 +1,7 @@
 """Which device MLX samples on, and what follows from it."""
 
-from collections.abc import Iterator
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 
@@ -83,6 +84,22 @@ def masks_fused_attention() -> bool:
     """Whether MLX's fused attention of one query a row takes a mask; with CUDA it does not, and would be taken apart
     into more operations than it takes here."""
     return backend() != "cuda"
+
+
+def cuda_kernel(name: str, inputs: Sequence[str], source: str, header: str = "") -> Callable[..., list[mx.array]]:
+    """A kernel of one output, `out`, that reads its inputs as they lie; RuntimeError where MLX is not CUDA's.
+
+    MLX keeps compiled kernels on disk by their name alone, so the name tells the source.
+    """
+    told = hashlib.sha256((header + source).encode()).hexdigest()[:16]
+    return mx.fast.cuda_kernel(
+        name=f"{name}_{told}",
+        input_names=list(inputs),
+        output_names=["out"],
+        source=source,
+        header=header,
+        ensure_row_contiguous=False,
+    )
 
 
 def share_memory() -> None:

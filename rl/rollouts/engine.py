@@ -91,8 +91,6 @@ class Engine:
         if self.decode is None and any(stops):
             raise ValueError("stop texts need the tokenizer's decode")
         started = time.perf_counter()
-        if (products := fused.of(self.model)) is not None:
-            products.refresh(self.model)
         pool = _Pool(self, [tuple(p) for p in prompts], sampling, max_tokens, (seed, step), stops)
         if heard is not None:
             pool.heard = _Teller(heard, len(prompts))

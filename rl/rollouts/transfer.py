@@ -121,7 +121,7 @@ def _on_card(tensor: torch.Tensor) -> mx.array:
 
 @cache
 def _kernel() -> Callable[..., list[mx.array]]:
-    return mx.fast.cuda_kernel(name="from_torch", input_names=["from"], output_names=["out"], source=KERNEL)
+    return mlx_device.cuda_kernel("from_torch", ["from"], KERNEL)
 
 
 def _through_host(tensor: torch.Tensor) -> mx.array:
