@@ -20,7 +20,7 @@ import torch
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
 from rl.errors import RunFailed
-from rl.rollouts import cache, device
+from rl.rollouts import cache, device, kernels
 from rl.rollouts.engine import Engine, decode_step
 from rl.rollouts.forward import prefill_last
 from rl.rollouts.result import Completion, Sampling
@@ -197,6 +197,7 @@ def launches(model: Any, rows: int) -> int:
     most = 8
     layout = cache.Joined(most)
     _, fresh = prefill_last(model, [[0, 0]])
+    kernels.reach(model, most)
     every = np.arange(rows)
     layout.place(every, np.zeros(rows, np.int64), fresh, [], rows)
     step = decode_step(model, layout.__class__, None)

@@ -226,8 +226,9 @@ class Joined:
         return {"own": [list(part) for part in self.own]}
 
     def store(self, own: Any) -> None:
-        """As `Grouped.store`."""
-        self.own = tuple(own)
+        """As `Grouped.store`, unless the step gives new arrays."""
+        if own:
+            self.own = tuple(own)
 
     @staticmethod
     def attend(

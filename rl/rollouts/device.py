@@ -86,8 +86,16 @@ def masks_fused_attention() -> bool:
     return backend() != "cuda"
 
 
-def cuda_kernel(name: str, inputs: Sequence[str], source: str, header: str = "") -> Callable[..., list[mx.array]]:
-    """A kernel of one output, `out`, that reads its inputs as they lie; RuntimeError where MLX is not CUDA's.
+def takes_own_kernels() -> bool:
+    """Whether rl/rollouts/kernels.py may do the work of many small operations here."""
+    return backend() == "cuda"
+
+
+def cuda_kernel(
+    name: str, inputs: Sequence[str], source: str, header: str = "", *, contiguous: bool = False
+) -> Callable[..., list[mx.array]]:
+    """A kernel of one output, `out`, that reads its inputs as they lie, or copied where they are not `contiguous`;
+    RuntimeError where MLX is not CUDA's.
 
     MLX keeps compiled kernels on disk by their name alone, so the name tells the source.
     """
@@ -98,7 +106,7 @@ def cuda_kernel(name: str, inputs: Sequence[str], source: str, header: str = "")
         output_names=["out"],
         source=source,
         header=header,
-        ensure_row_contiguous=False,
+        ensure_row_contiguous=contiguous,
     )
 
 

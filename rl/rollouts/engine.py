@@ -13,7 +13,7 @@ import mlx.core as mx
 import numpy as np
 
 from rl.errors import UserError
-from rl.rollouts import attention, cache, device, fused
+from rl.rollouts import attention, cache, device, fused, kernels
 from rl.rollouts.forward import head, hidden_states, prefill, prefill_last
 from rl.rollouts.result import Completion, Sampling, Totals
 from rl.rollouts.sampling import sample, uniforms_for
@@ -55,7 +55,7 @@ class Engine:
             attention.prepare()
         self.compiled = device.compiles_steps() if compiled is None else compiled
         self.look_every = device.steps_between_syncs()
-        self.steps: dict[Sampling, Callable[..., Any]] = {}  # compiled steps
+        self.steps: dict[tuple[Sampling, bool], Callable[..., Any]] = {}  # compiled steps
         self.totals = Totals()
 
     def generate(
@@ -103,23 +103,27 @@ class Engine:
         """A decode step, compiled where the engine compiles."""
         if not self.compiled:
             return decode_step(self.model, self.layout, sampling)
-        if sampling not in self.steps:
+        kind = (sampling, kernels.usable(self.model))
+        if kind not in self.steps:
             # the weights are an input: compiled in as constants they would stay those of the first sync
             products = fused.of(self.model)
-            weights = [self.model.state] if products is None else [fused.rest(self.model), products.state]
-            self.steps[sampling] = mx.compile(decode_step(self.model, self.layout, sampling), inputs=weights)
-        return self.steps[sampling]
+            weights = (
+                [self.model.state] if products is None else [fused.rest(self.model), products.state, products.turns]
+            )
+            self.steps[kind] = mx.compile(decode_step(self.model, self.layout, sampling), inputs=weights)
+        return self.steps[kind]
 
 
 def decode_step(model: Any, layout: type, sampling: Sampling | None) -> Callable[..., Any]:
     """A function that stores one token of each row and draws the next: (tokens, logprobs, finite), each (B,), and the
-    cache's arrays. Without `sampling` it gives logits (B, V) instead of the three.
+    cache's arrays where they are new. Without `sampling` it gives logits (B, V) instead of the three.
 
     No number that changes from rollout to rollout is part of it: with CUDA each kernel that a number is compiled into
     takes seconds to make.
     """
     windows = model.args.windows
     kinds = list(dict.fromkeys(windows))
+    few = layout is cache.Joined and kernels.usable(model)
 
     def step(
         token_B: mx.array,
@@ -133,11 +137,17 @@ def decode_step(model: Any, layout: type, sampling: Sampling | None) -> Callable
             mask = seen[kinds.index(windows[layer])]
             return layout.attend(arrays, layer, queries, keys, values, scale, column, mask)
 
-        hidden = hidden_states(model, token_B[:, None], position_B, attend)
-        logits_B_V = head(model, hidden[:, -1])
+        own = arrays.get("own", [])
+        if few:
+            masks = [seen[kinds.index(window)] for window in windows]
+            hidden_B_D = kernels.hidden_states(model, token_B, position_B, *own, masks, column)
+            own = []  # written in place
+        else:
+            hidden_B_D = hidden_states(model, token_B[:, None], position_B, attend)[:, -1]
+        logits_B_V = head(model, hidden_B_D)
         if sampling is None:
-            return logits_B_V, arrays.get("own", [])
-        return sample(logits_B_V, uniforms_B_2, sampling), arrays.get("own", [])
+            return logits_B_V, own
+        return sample(logits_B_V, uniforms_B_2, sampling), own
 
     return step
 
@@ -194,6 +204,7 @@ class _Pool:
         self.born = np.zeros(0, np.int64)
         self.now = 0
         self.heard: Callable[[_Pool], None] = lambda pool: None
+        kernels.reach(engine.model, max(map(len, prompts)) + max_tokens + 1)
         distinct = sorted(set(prompts))
         self.shared = common_prefix(distinct) if len(distinct) > 1 else 0
         self.common = prefill(engine.model, [distinct[0][: self.shared]])[1] if self.shared else None
@@ -301,7 +312,8 @@ class _Pool:
         age_T_B = now_T[:, None] - self.born[None]
         windows = dict.fromkeys(self.engine.model.args.windows)
         seen = cache.masks(windows, self.length_B, age_T_B, now_T, width, used, self.max_tokens)
-        position_T_B = self.length_B + mx.array(age_T_B.astype(np.int32))
+        # an idle row ages on, beyond all positions
+        position_T_B = self.length_B + mx.array(np.minimum(age_T_B, self.max_tokens).astype(np.int32))
         column_T = mx.array((now_T % self.max_tokens + (width if self.layout.joined else 0)).astype(np.int32))
         # a row that goes on after its end, until the look, has no numbers of its own left
         coming_B_T = mx.array(np.minimum(age_T_B.T + 1, self.max_tokens - 1).astype(np.int32))

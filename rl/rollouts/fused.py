@@ -14,17 +14,29 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
+from rl.rollouts import device
+
 QUANTIZED = ("weight", "scales", "biases")
+TILE = 16  # ranks are padded to it for tensor cores (rl/rollouts/kernels.py)
 
 
 class Product:
     """The outputs of several linear layers of one input, side by side."""
 
-    def __init__(self) -> None:
-        self.state: dict[str, mx.array] = {}  # weight (and scales, biases), bias, a and b: what compiled steps read
+    def __init__(self, tile: int = 1) -> None:
+        # weight (and scales, biases), bias, a (ranks, in) and b (ranks, out), where: what compiled steps read
+        self.state: dict[str, mx.array] = {}
         self.bases: list[Any] = []  # the layers' arrays that `state` was made of
         self.adapters: list[Any] = []
         self.settings: dict[str, Any] = {}
+        self.sizes: list[int] = []  # outputs of each layer
+        self.tile = tile  # ranks are padded to multiples of it
+        self.rank = 0  # of each adapter, padded
+
+    @property
+    def inputs(self) -> int:
+        """How many numbers a row has."""
+        return self.state["weight"].shape[1] * (32 // self.settings["bits"] if self.settings else 1)
 
     def refresh(self, layers: Sequence[nn.Module]) -> bool:
         """Take over the layers' weights if any of them is another array than at the last call; whether one was."""
@@ -33,7 +45,7 @@ class Product:
         weights = _arrays(bases, (*names, "bias"))
         adapters = _arrays(layers, ("lora_a", "lora_b"))
         new_bases, new_adapters = not _same(weights, self.bases), not _same(adapters, self.adapters)
-        sizes = [base["weight"].shape[0] for base in bases]
+        self.sizes = sizes = [base["weight"].shape[0] for base in bases]
         # in place: compiled steps hold the dictionary
         if new_bases:
             self.state.clear()
@@ -49,8 +61,7 @@ class Product:
         if new_bases or new_adapters:  # after a sync of an adapter the base stays where it is
             for name in ("a", "b"):
                 self.state.pop(name, None)
-            if any("lora_a" in layer for layer in layers):
-                self._join_adapters(layers, sizes)
+            self._join_adapters(layers, sizes)
             self.adapters = adapters
         return new_bases or new_adapters
 
@@ -68,13 +79,20 @@ class Product:
         self.state[name] = whole
 
     def _join_adapters(self, layers: Sequence[nn.Module], sizes: Sequence[int]) -> None:
-        start, a, b = 0, [], []
+        ranks = [layer["lora_a"].shape[1] for layer in layers if "lora_a" in layer]
+        self.rank = -(-max(ranks, default=0) // self.tile) * self.tile
+        start, a, b, where = 0, [], [], []
         for layer, size in zip(layers, sizes, strict=True):
+            where += [len(a) * self.rank if "lora_a" in layer else -1] * (size // self.tile)
             if "lora_a" in layer:
-                a.append(layer["lora_a"])
-                b.append(mx.pad(layer.scale * layer["lora_b"], [(0, 0), (start, sum(sizes) - start - size)]))
+                missing = (0, self.rank - layer["lora_a"].shape[1])
+                a.append(mx.pad(layer["lora_a"].T, [missing, (0, 0)]))
+                b.append(mx.pad(layer.scale * layer["lora_b"], [missing, (start, sum(sizes) - start - size)]))
             start += size
-        self.state["a"], self.state["b"] = mx.concatenate(a, axis=1), mx.concatenate(b)
+        if a:
+            self.state["a"], self.state["b"] = mx.contiguous(mx.concatenate(a)), mx.concatenate(b)
+        if self.tile > 1:
+            self.state["where"] = mx.array(where, mx.int32)
 
     def __call__(self, x: mx.array) -> mx.array:
         """(…, in) -> (…, sum of the layers' outputs), in the dtype of `x`."""
@@ -87,15 +105,15 @@ class Product:
         else:
             out = flat @ state["weight"].T
         if "a" in state:
-            out = mx.addmm(out, flat @ state["a"].astype(x.dtype), state["b"].astype(x.dtype))
+            out = mx.addmm(out, flat @ state["a"].T.astype(x.dtype), state["b"].astype(x.dtype))
         return out.reshape(*x.shape[:-1], -1)
 
 
 class Layer:
     """The products of one layer."""
 
-    def __init__(self) -> None:
-        self.qkv, self.o, self.gate_up, self.down = Product(), Product(), Product(), Product()
+    def __init__(self, tile: int = 1) -> None:
+        self.qkv, self.o, self.gate_up, self.down = (Product(tile) for _ in range(4))
 
     def products(self, layer: nn.Module) -> list[tuple[Product, list[nn.Module]]]:
         """Each with the modules that it stands for."""
@@ -112,7 +130,13 @@ class Fused:
     """The products of a whole model."""
 
     def __init__(self, model: nn.Module) -> None:
-        self.layers = [Layer() for _ in model.model.layers]
+        tile = TILE if device.takes_own_kernels() else 1
+        self.layers = [Layer(tile) for _ in model.model.layers]
+        self.turns: list[mx.array] = []  # cosines and sines of each kind of RoPE; rl/rollouts/kernels.py fills them
+        self.turn_of: list[int] = []  # the kind of each layer
+        self.right: dict[
+            Any, bool
+        ] = {}  # kinds of products of which the kernels were tried, and whether they are right
         self.refresh(model)
 
     def refresh(self, model: nn.Module) -> None:

@@ -1,0 +1,323 @@
+"""A decode step in five kernels a layer, for MLX on CUDA, where a step is mostly the launching of its operations.
+
+An operation costs the host 6 µs there and a product, which is cuBLAS's to plan, 35, whatever its size; a layer with
+LoRA takes 21 operations, 12 of them products. Here it takes five: queries, keys and values with their norm before;
+attention with RoPE and the new key and value (attend.cu); its output's product and the sum with what went in; gate and
+up with norm and SiLU; down and the sum (product.cu). Adapters, biases and 4- or 8-bit codes are read inside.
+
+No test machine has CUDA: the tests run the same sources on a CPU (tests/cuda_on_cpu.hpp), and here they are tried on
+numbers, against the operations that they replace, before they are used; where they fail, or do not know the model, the
+operations stay.
+"""
+
+import logging
+from collections.abc import Callable, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from rl.rollouts import attention, device, fused
+from rl.rollouts.fused import TILE
+
+log = logging.getLogger(__name__)
+
+WARPS = 8  # of a block
+ROWS = 32  # of a block
+SUMS = 8  # tiles whose sums fit a thread's registers
+LEAST_POSITIONS = 512
+BLOCKS = 120  # that keep an H100's 132 processors busy
+FOLDER = Path(__file__).parent
+TOLERANCE = {mx.float16: 1e-2, mx.bfloat16: 8e-2}  # of the largest number: some roundings; a mistake is as large as it
+INPUTS = ("rows", "weight", "scales", "offsets", "gamma", "a", "b", "where", "bias", "more")
+ATTEND_INPUTS = ("qkv", "turns", "q_gamma", "k_gamma", "keys", "values", "seen", "column")
+
+
+def hidden_states(
+    model: Any,
+    token_B: mx.array,
+    position_B: mx.array,
+    keys: Sequence[mx.array],
+    values: Sequence[mx.array],
+    seen: Sequence[mx.array],
+    column: mx.array,
+) -> mx.array:
+    """Normed hidden states (B, width) of one token a row at `position_B`, of a model that is `usable` and `reaches` it.
+
+    Its keys and values are written into `column` of each layer's (B, kv_heads, L, D), in place; `seen` (B, 1, K) says
+    for each layer which of the first K columns each row looks at, the new one among them.
+    """
+    inner, products = model.model, fused.of(model)
+    x = inner.embed_tokens(token_B)
+    turns = [table[position_B] for table in products.turns]
+    for i, layer in enumerate(inner.layers):
+        own, module, turn = products.layers[i], layer.self_attn, turns[products.turn_of[i]]
+        qkv = product(own.qkv, x, norm=layer.input_layernorm)
+        middle = product(own.o, attend(module, qkv, turn, keys[i], values[i], seen[i], column), more=x)
+        x = product(
+            own.down, product(own.gate_up, middle, norm=layer.post_attention_layernorm, gated=True), more=middle
+        )
+    return inner.norm(x)
+
+
+def product(
+    one: fused.Product,
+    rows_M_K: mx.array,
+    *,
+    norm: nn.RMSNorm | None = None,
+    gated: bool = False,
+    more: mx.array | None = None,
+) -> mx.array:
+    """`one` of the rows, (M, outputs): of RMSNorm of them if `norm`; silu of the first half of the outputs times the
+    second if `gated`; plus `more`. Sums in float32, what the operations would give is rounded to the rows' dtype."""
+    state, none = one.state, rows_M_K
+    sides, ranks = 2 if gated else 1, one.rank // TILE
+    outputs = sum(one.sizes) // sides
+    tiles = _tiles(one.sizes, outputs, sides, ranks, -(-rows_M_K.shape[0] // ROWS))
+    inputs = {
+        "rows": rows_M_K,
+        "offsets": state.get("biases", none),
+        "gamma": none if norm is None else norm.weight,
+        "more": none if more is None else more,
+    }
+    (out,) = _product(None if norm is None else float(norm.eps))(
+        inputs=[inputs[name] if name in inputs else state.get(name, none) for name in INPUTS],
+        template=[
+            ("T", rows_M_K.dtype),
+            ("BITS", one.settings.get("bits", 16)),
+            ("GROUP", one.settings.get("group_size", 1)),
+            ("NT", tiles),
+            ("MT", ROWS // 8),
+            ("WARPS", WARPS),
+            ("RANKS", ranks),
+            ("NORM", norm is not None),
+            ("GATED", gated),
+            ("BIAS", "bias" in state),
+            ("ADD", more is not None),
+        ],
+        grid=(outputs // TILE // tiles * 32 * WARPS, -(-rows_M_K.shape[0] // ROWS), 1),
+        threadgroup=(32 * WARPS, 1, 1),
+        output_shapes=[(rows_M_K.shape[0], outputs)],
+        output_dtypes=[rows_M_K.dtype],
+    )
+    return out
+
+
+def _tiles(sizes: Sequence[int], outputs: int, sides: int, ranks: int, blocks: int) -> int:
+    """Tiles of outputs that a block makes: as many as leave enough blocks, and lie in one layer."""
+    for tiles in (4, 2):
+        fits = outputs // (TILE * tiles) * blocks >= BLOCKS and sides * (tiles + ranks) <= SUMS
+        if fits and all(size % (TILE * tiles) == 0 for size in sizes):
+            return tiles
+    return 1
+
+
+def attend(
+    module: nn.Module,
+    qkv: mx.array,
+    turns: mx.array,
+    keys: mx.array,
+    values: mx.array,
+    seen_B_1_K: mx.array,
+    column: mx.array,
+) -> mx.array:
+    """(B, heads × D) of the queries, keys and values (B, (heads + 2 kv_heads) × D) that attention's product gave;
+    `turns` (B, D) float32, cosines and sines of each row's position, the rest as in `hidden_states`."""
+    normed, width = "q_norm" in module, keys.shape[3]
+    repeats = module.n_heads // module.n_kv_heads
+    together = next(n for n in (4, 3, 2, 1) if repeats % n == 0)
+    (out,) = _attend(float(module.scale), float(module.q_norm.eps) if normed else None)(
+        inputs=[
+            qkv,
+            turns,
+            module.q_norm.weight if normed else qkv,
+            module.k_norm.weight if normed else qkv,
+            keys,
+            values,
+            seen_B_1_K,
+            column.reshape(1),
+        ],
+        template=[
+            ("T", qkv.dtype),
+            ("D", width),
+            ("HEADS", module.n_heads),
+            ("KV", module.n_kv_heads),
+            ("QUERIES", together),
+            ("WARPS", WARPS),
+            ("NORM", normed),
+        ],
+        grid=(module.n_heads // together * 32 * WARPS, qkv.shape[0], 1),
+        threadgroup=(32 * WARPS, 1, 1),
+        output_shapes=[(qkv.shape[0], module.n_heads * width)],
+        output_dtypes=[qkv.dtype],
+    )
+    return out
+
+
+def reach(model: Any, positions: int) -> None:
+    """Know the cosines and sines of so many positions, where kernels may want them."""
+    products = fused.of(model)
+    if products is None or not device.takes_own_kernels() or (products.turns and len(products.turns[0]) >= positions):
+        return
+    length = max(LEAST_POSITIONS, 1 << (positions - 1).bit_length())
+    modules = [layer.self_attn for layer in model.model.layers]
+    keys = [np.array(_turns(module, 16)).tobytes() for module in modules]
+    kinds = list(dict.fromkeys(keys))
+    products.turn_of = [kinds.index(key) for key in keys]
+    products.turns[:] = [_turns(modules[keys.index(kind)], length) for kind in kinds]
+    mx.eval(products.turns)
+
+
+def _turns(module: nn.Module, length: int) -> mx.array:
+    """(length, D) float32: RoPE's cosine for each of D / 2 pairs, then its sines, each times RoPE's own scale: what it
+    makes of ones and zeros. As of one long row: of one that is broadcast, MLX 0.32.4 turns nothing right with CUDA."""
+    half = _head_size(module) // 2
+    unit = mx.concatenate([mx.ones((1, 1, length, half)), mx.zeros((1, 1, length, half))], axis=-1)
+    return mx.contiguous(module.rope(unit)[0, 0])
+
+
+def _head_size(module: nn.Module) -> int:
+    base = module.q_proj.linear if "lora_a" in module.q_proj else module.q_proj
+    return base.weight.shape[0] // module.n_heads
+
+
+@cache
+def _product(eps: float | None) -> Callable[..., list[mx.array]]:
+    return device.cuda_kernel("product", INPUTS, _read("product.cu"), _header(EPS=eps), contiguous=True)
+
+
+@cache
+def _attend(scale: float, eps: float | None) -> Callable[..., list[mx.array]]:
+    return device.cuda_kernel("attend", ATTEND_INPUTS, _read("attend.cu"), _header(SCALE=scale, EPS=eps))
+
+
+def _read(name: str) -> str:
+    return (FOLDER / name).read_text(encoding="utf-8")
+
+
+def _header(**constants: float | None) -> str:
+    told = [f"constexpr float {name} = {value or 0.0!r}f;" for name, value in constants.items()]
+    return "\n".join([*told, _read("product.cuh")])
+
+
+def usable(model: Any) -> bool:
+    """Whether `hidden_states` may decode this model: it is of a kind that the kernels know, and they were right on it.
+
+    Call it after a prefill, which brings the products up to date, and not while a step is compiled. The trial is made
+    once for each kind of products (an adapter may come later).
+    """
+    products = fused.of(model)
+    if products is None or not device.takes_own_kernels():
+        return False
+    kind = tuple((tuple(p.settings.items()), p.rank, "bias" in p.state) for p in _products(products.layers[0]))
+    if kind not in products.right:
+        products.right[kind] = _knows(model) and _right(model)
+    return products.right[kind]
+
+
+def _products(layer: fused.Layer) -> list[fused.Product]:
+    return [layer.qkv, layer.o, layer.gate_up, layer.down]
+
+
+def _knows(model: Any) -> bool:
+    """Whether the model has nothing that the kernels leave out."""
+    inner, dtype = model.model, model.model.norm.weight.dtype
+    if model.args.model_type == "gemma3_text" or dtype not in TOLERANCE:
+        return False
+    attention = [layer.self_attn for layer in inner.layers]
+    if any(getattr(module.rope, "traditional", False) for module in attention):
+        return False
+    if not all(_head_size(module) in (32, 64, 128, 256) for module in attention):
+        return False
+    return all(_fits(one, dtype) for layer in fused.of(model).layers for one in _products(layer))
+
+
+def _fits(one: fused.Product, dtype: mx.Dtype) -> bool:
+    """Whole tiles of outputs, whole parts of 32 inputs, and adapters whose sums fit beside."""
+    values = one.state["scales" if one.settings else "weight"]
+    kinds = one.settings.get("mode", "affine") == "affine" and one.settings.get("bits", 4) in (4, 8)
+    return (
+        kinds
+        and values.dtype == dtype
+        and one.inputs % 32 == 0
+        and all(size % TILE == 0 for size in one.sizes)
+        and one.rank <= 2 * TILE
+    )
+
+
+def _right(model: Any) -> bool:
+    """Whether each kernel gives what the operations give, on the first layer's weights and random inputs, adapters."""
+    try:
+        apart = {name: _apart(*pair) for name, pair in _trial(model).items()}
+    except (RuntimeError, ValueError) as error:
+        log.warning("decoding goes on without fused kernels: %s", str(error).splitlines()[0])
+        return False
+    most = TOLERANCE[model.model.norm.weight.dtype]
+    wrong = ", ".join(f"{name} by {value:.1e}" for name, value in apart.items() if not value < most)
+    if wrong:
+        log.warning("decoding goes on without fused kernels, which are off here: %s", wrong)
+    return not wrong
+
+
+def _apart(found: mx.array, expected: mx.array) -> float:
+    """The largest difference, as a share of the largest number."""
+    found, expected = found.astype(mx.float32), expected.astype(mx.float32)
+    return (mx.abs(found - expected).max() / mx.abs(expected).max()).item()
+
+
+def _trial(model: Any) -> dict[str, tuple[mx.array, mx.array]]:
+    """What each kernel gives, and what the operations give."""
+    layer, own, dtype = model.model.layers[0], fused.of(model).layers[0], model.model.norm.weight.dtype
+    module, rows, columns, at = layer.self_attn, 5, 24, 13
+    size, heads, kv_heads = _head_size(module), module.n_heads, module.n_kv_heads
+
+    def normal(*shape: int) -> mx.array:
+        return mx.random.normal(shape, key=mx.random.key(sum(shape))).astype(dtype)
+
+    qkv, o, gate_up, down = (_shaken(one, normal) for one in _products(own))
+    x, attended, between = (
+        normal(rows, width) for width in (layer.input_layernorm.weight.size, heads * size, down.inputs)
+    )
+    gate, up = mx.split(gate_up(layer.post_attention_layernorm(x)), 2, axis=-1)
+    position_B = mx.array([0, 5, 40, 300, 1000], mx.int32)
+    keys, values = normal(rows, kv_heads, columns, size), normal(rows, kv_heads, columns + 1, size)[:, :, 1:]
+    seen = (mx.arange(columns)[None] <= mx.array([0, 3, 12, 20, 23])[:, None])[:, None]
+    seen[:, :, at] = True
+    given = normal(rows, (heads + 2 * kv_heads) * size)
+    every = given.reshape(rows, 1, -1, size).transpose(0, 2, 1, 3)
+    queries, key, value = mx.split(every, [heads, heads + kv_heads], axis=1)
+    if "q_norm" in module:
+        queries, key = module.q_norm(queries), module.k_norm(key)
+    queries, key = module.rope(queries, offset=position_B), module.rope(key, offset=position_B)
+    all_keys = mx.concatenate([keys[:, :, :at], key, keys[:, :, at + 1 :]], axis=2)
+    all_values = mx.concatenate([values[:, :, :at], value, values[:, :, at + 1 :]], axis=2)
+    expected = attention.plain(queries, all_keys, all_values, module.scale, seen).reshape(rows, -1)
+    mx.eval(expected, all_keys, all_values, keys, values)  # before the kernel writes into two of them
+    found = attend(module, given, _turns(module, 1001)[position_B], keys, values, seen, mx.array(at, mx.int32))
+    mx.eval(found)
+    return {
+        "queries, keys and values": (product(qkv, x, norm=layer.input_layernorm), qkv(layer.input_layernorm(x))),
+        "attention": (found, expected),
+        "its keys": (keys, all_keys),
+        "its values": (values, all_values),
+        "its output": (product(o, attended, more=x), x + o(attended)),
+        "gate and up": (product(gate_up, x, norm=layer.post_attention_layernorm, gated=True), nn.silu(gate) * up),
+        "down": (product(down, between, more=x), x + down(between)),
+    }
+
+
+def _shaken(one: fused.Product, normal: Callable[..., mx.array]) -> fused.Product:
+    """`one` with an adapter that does something: a fresh one does not."""
+    out = fused.Product(one.tile)
+    out.settings, out.sizes, out.rank, out.state = one.settings, one.sizes, one.rank, dict(one.state)
+    if one.rank:
+        own = np.zeros(one.state["b"].shape, np.float32)
+        for tile, first in enumerate(np.array(one.state["where"])):
+            if first >= 0:
+                own[first : first + one.rank, TILE * tile : TILE * (tile + 1)] = 1
+        out.state["a"] = normal(*one.state["a"].shape) / one.inputs**0.5
+        out.state["b"] = normal(*own.shape) * mx.array(own).astype(out.state["a"].dtype)
+    return out

@@ -1,0 +1,78 @@
+// What product.cu is made of: 8 numbers at a time, and the tensor cores' product.
+struct alignas(16) Eight {
+    unsigned x, y, z, w;  // pairs of T, the first of each in the lower half
+};
+
+template <typename T>
+__device__ inline Eight load(const T* from) {
+    return *reinterpret_cast<const Eight*>(from);
+}
+
+template <typename T>
+__device__ inline float rounded(float x) {
+    return static_cast<float>(static_cast<T>(x));
+}
+
+template <typename T>
+__device__ inline unsigned pair(float first, float second) {
+    const T both[2] = {static_cast<T>(first), static_cast<T>(second)};
+    unsigned out;
+    memcpy(&out, both, 4);
+    return out;
+}
+
+template <typename T>
+__device__ inline Eight joined(const float (&x)[8]) {
+    return Eight{pair<T>(x[0], x[1]), pair<T>(x[2], x[3]), pair<T>(x[4], x[5]), pair<T>(x[6], x[7])};
+}
+
+template <typename T>
+__device__ inline void spread(Eight from, float (&x)[8]) {
+    T own[8];
+    memcpy(own, &from, 16);
+    for (int j = 0; j < 8; j++) x[j] = static_cast<float>(own[j]);
+}
+
+// Weights k … k + 7 of a row.
+template <typename T, int BITS, int GROUP>
+__device__ inline Eight eight(const T* weight, const T*, const T*, size_t row, int k, int K) {
+    return load(weight + row * K + k);
+}
+
+// The same of codes, as MLX packs and scales them: the lowest bits of a word are its first code.
+template <typename T, int BITS, int GROUP>
+__device__ inline Eight eight(const unsigned* codes, const T* scales, const T* offsets, size_t row, int k, int K) {
+    constexpr int WORD = 32 / BITS;
+    const size_t at = row * (K / GROUP) + k / GROUP;
+    const float scale = static_cast<float>(scales[at]), offset = static_cast<float>(offsets[at]);
+    const unsigned* from = codes + row * (K / WORD) + k / WORD;
+    float x[8];
+    for (int j = 0; j < 8; j++) {
+        const unsigned code = (from[j / WORD] >> (BITS * (j % WORD))) & ((1u << BITS) - 1);
+        x[j] = scale * static_cast<float>(code) + offset;
+    }
+    return joined<T>(x);
+}
+
+// sums (16 × 8 over a warp) += weights (16 × 16) × inputs (16 × 8)
+template <typename T>
+__device__ inline void multiply(
+    float (&sums)[4], unsigned w0, unsigned w1, unsigned w2, unsigned w3, unsigned x0, unsigned x1);
+
+#ifdef __CUDACC__
+template <>
+__device__ inline void multiply<__half>(
+    float (&sums)[4], unsigned w0, unsigned w1, unsigned w2, unsigned w3, unsigned x0, unsigned x1) {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+                 : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
+                 : "r"(w0), "r"(w1), "r"(w2), "r"(w3), "r"(x0), "r"(x1));
+}
+
+template <>
+__device__ inline void multiply<__nv_bfloat16>(
+    float (&sums)[4], unsigned w0, unsigned w1, unsigned w2, unsigned w3, unsigned x0, unsigned x1) {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+                 : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
+                 : "r"(w0), "r"(w1), "r"(w2), "r"(w3), "r"(x0), "r"(x1));
+}
+#endif

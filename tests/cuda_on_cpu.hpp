@@ -1,0 +1,152 @@
+// As much of CUDA as the kernels in rl/rollouts need, on one thread of a CPU: each thread of a block is a fiber, which
+// goes on when all of its warp, or of its block, have come as far.
+#include <setjmp.h>
+#include <ucontext.h>
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <functional>
+#include <memory>
+#include <vector>
+
+#define __device__
+#define __shared__ static
+using std::memcpy;
+
+struct __nv_bfloat16 {
+    uint16_t bits;
+    __nv_bfloat16() = default;
+    explicit __nv_bfloat16(float x) {  // to the nearest, of two the even
+        uint32_t word;
+        memcpy(&word, &x, 4);
+        bits = (word + 0x7fff + (word >> 16 & 1)) >> 16;
+    }
+    explicit operator float() const {
+        const uint32_t word = uint32_t{bits} << 16;
+        float x;
+        memcpy(&x, &word, 4);
+        return x;
+    }
+};
+struct dim {
+    unsigned x, y;
+};
+struct Numbers {
+    const int64_t* of;
+    int64_t operator[](int i) const { return of[i]; }
+};
+
+inline dim threadIdx, blockIdx;
+inline float rsqrtf(float x) { return 1.0f / std::sqrt(x); }
+
+constexpr size_t STACK = 1 << 17;
+struct Fiber {
+    std::unique_ptr<char[]> stack{new char[STACK]};
+    jmp_buf at;  // entered by ucontext, then left and gone on with by jumps, which ask nothing of the system
+    bool begun = false, done = false;
+};
+inline std::vector<Fiber> fibers;
+inline jmp_buf back;
+inline unsigned running;
+inline std::function<void()> body;
+
+struct Barrier {
+    unsigned came = 0, round = 0;
+};
+inline Barrier whole, warps[32];
+
+inline void pass() {
+    if (_setjmp(fibers[running].at) == 0) _longjmp(back, 1);
+}
+
+inline void wait(Barrier& barrier, unsigned size) {
+    const unsigned mine = barrier.round;
+    if (++barrier.came == size) {
+        barrier.came = 0;
+        barrier.round++;
+    }
+    while (barrier.round == mine) pass();
+}
+
+inline void __syncthreads() { wait(whole, fibers.size()); }
+inline void warp_wait() { wait(warps[running / 32], 32); }
+
+// what each lane of the running warp has put down for the others
+inline float floats[32][32];
+inline float __shfl_xor_sync(unsigned, float x, int other) {
+    const unsigned warp = running / 32, lane = running % 32;
+    floats[warp][lane] = x;
+    warp_wait();
+    const float found = floats[warp][lane ^ other];
+    warp_wait();
+    return found;
+}
+
+struct Fragment {
+    unsigned w[4], x[2];
+};
+inline Fragment fragments[32][32];
+
+// The layout of mma.m16n8k16 as PTX's manual gives it: lane 4 g + t holds rows g and g + 8, columns 2 t, 2 t + 1, + 8.
+template <typename T>
+inline void multiply_in_warp(float (&sums)[4], Fragment own) {
+    const unsigned warp = running / 32, lane = running % 32;
+    fragments[warp][lane] = own;
+    warp_wait();
+    auto number = [](unsigned word, int half) {
+        T both[2];
+        memcpy(both, &word, 4);
+        return static_cast<float>(both[half]);
+    };
+    for (int j = 0; j < 4; j++) {
+        const int m = lane / 4 + 8 * (j / 2), n = 2 * (lane % 4) + j % 2;
+        for (int k = 0; k < 16; k++) {
+            const int holder = k % 8 / 2, upper = k / 8;
+            const Fragment& of_m = fragments[warp][4 * (m % 8) + holder];
+            const Fragment& of_n = fragments[warp][4 * n + holder];
+            sums[j] += number(of_m.w[2 * upper + m / 8], k % 2) * number(of_n.x[upper], k % 2);
+        }
+    }
+    warp_wait();
+}
+
+inline void enter() {
+    body();
+    fibers[running].done = true;
+    _longjmp(back, 1);
+}
+
+inline void go_on(Fiber& fiber) {
+    if (_setjmp(back) != 0) return;
+    if (fiber.begun) _longjmp(fiber.at, 1);
+    fiber.begun = true;
+    ucontext_t context;
+    getcontext(&context);
+    context.uc_stack.ss_sp = fiber.stack.get();
+    context.uc_stack.ss_size = STACK;
+    context.uc_link = nullptr;
+    makecontext(&context, enter, 0);
+    setcontext(&context);
+}
+
+inline void launch(unsigned blocks_x, unsigned blocks_y, unsigned threads, std::function<void()> kernel) {
+    body = kernel;
+    if (fibers.size() != threads) fibers = std::vector<Fiber>(threads);
+    for (unsigned y = 0; y < blocks_y; y++)
+        for (unsigned x = 0; x < blocks_x; x++) {
+            blockIdx = {x, y};
+            whole = {};
+            for (auto& warp : warps) warp = {};
+            for (auto& fiber : fibers) fiber.begun = fiber.done = false;
+            for (bool going = true; going;) {
+                going = false;
+                for (running = 0; running < threads; running++) {
+                    if (fibers[running].done) continue;
+                    going = true;
+                    threadIdx = {running, 0};
+                    go_on(fibers[running]);
+                }
+            }
+        }
+}
