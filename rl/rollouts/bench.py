@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
+from rl.device import total_memory_bytes
 from rl.errors import RunFailed
 from rl.rollouts import cache, device, kernels
 from rl.rollouts.engine import Engine, decode_step
@@ -63,13 +64,14 @@ def batch_generator(
 ) -> list[Completion]:
     """mlx-lm's BatchGenerator, `limits[i]` tokens for row i; logprobs (untempered) only on request, since they cost it.
 
-    All rows fit its batches (its defaults would cut them in waves), and the bound on MLX's buffer cache that this
-    project sets is lifted while it runs.
+    All rows fit its batches (its defaults would cut them in waves), and MLX may keep a quarter of the memory for reuse
+    while it runs: this project's own bound is far less, and without one a long rollout has filled 24 GB.
     """
     from mlx_lm.generate import BatchGenerator
     from mlx_lm.sample_utils import make_sampler
 
-    bound = mx.set_cache_limit(1 << 62)
+    memory = torch.cuda.mem_get_info()[1] if device.backend() == "cuda" else total_memory_bytes()
+    bound = mx.set_cache_limit(memory // 4)
     try:
         mx.random.seed(seed)
         generator = BatchGenerator(
