@@ -28,9 +28,10 @@ CUDA_WORKSPACE = 96 << 20  # cuBLAS's own
 SYNC_PART = 64 << 20  # rl.rollouts.sync.PART_BYTES
 PREFILL_TOKENS = 16_384  # rl.rollouts.forward.PREFILL_TOKENS
 RING_STEP = 64  # rl.rollouts.cache.RING_STEP
-# steps between two looks (rl.rollouts.device.steps_between_syncs). With CUDA MLX holds what its kernels read until they
-# are done, and the engine waits for none of those steps: seen once on an H100, at six times the keys' own size
-UNDER_WAY = 8
+# With CUDA MLX holds what its kernels read until they are done, and the engine waits for none of 8 steps between two
+# looks: keys took six times their own size on an H100 (135M) and five times (600M). 16-bit models write them in place
+# (rl/rollouts/kernels.py) where the kernels know them, which no plan can tell
+UNDER_WAY = 6
 MARGIN = 0.05
 HELD = ("trainer weights", "adapter", "reference copy", "value model", "reward models", "optimizer states", "gradients")
 HELD += ("sampler weights",)
@@ -252,6 +253,8 @@ def _activations(shape: Architecture, work: Workload, device: Device) -> float:
     if work.prompts and not work.checkpointing:  # keys and values of what was read once, again for each row
         again = max(0, work.rows * work.length - tokens)
         total += 2 * shape.layers * again * shape.queries * item
+        if again and shape.kv_heads != shape.heads:  # and as the cache holds them, before heads share them
+            total += 2 * shape.layers * work.rows * work.length * shape.keys * item
     total += _masks(shape, work, device) * (1 if work.checkpointing else shape.layers) * item
     if work.autocast:  # weights cast once, and kept for the backward
         total += shape.matrix * HALF / (shape.layers if work.checkpointing else 1)
@@ -348,7 +351,11 @@ def _sampler(shape: Architecture, work: Workload, device: Device) -> Parts:
     rolling = {"KV cache": moving, "prompts and logits": drawing}
     read = 1.5 * shape.embedding * HALF  # the largest matrix as it lies in the file
     moments = [parts | first, parts | rolling, parts | {"weights arriving": arriving}, parts | {"weights read": read}]
-    if work.converts:  # float32 weights turn into codes and back, one after the other
-        making = shape.parameters * FLOAT + codes_bytes(shape, work.bits, work.group) + shape.embedding * FLOAT
+    if work.converts:  # float32 weights turn into codes and back: one after the other, or as a GPU's queue gets to them
+        making = (
+            (1 if device == "cpu" else 2) * shape.parameters * FLOAT
+            + codes_bytes(shape, work.bits, work.group)
+            + shape.embedding * FLOAT
+        )
         moments.append({"making the quantized base, once": making})
     return max(map(_with_margin, moments), key=lambda moment: sum(moment.values()))
