@@ -128,7 +128,7 @@ def test_numbers_taken_from_elsewhere_are_still_those(monkeypatch: pytest.Monkey
     assert memory.TILE_VOCABULARY == utils._CHUNKED_LOGPROB_CHUNK_SIZE
     assert (memory.SYNC_PART, memory.PREFILL_TOKENS) == (sync.PART_BYTES, forward.PREFILL_TOKENS)
     monkeypatch.setattr(device, "backend", lambda: "cuda")
-    assert device.steps_between_syncs() == memory.UNDER_WAY
+    assert device.steps_between_syncs() > memory.UNDER_WAY
     assert (memory.RING_STEP, machine.MLX_CACHE) == (cache.RING_STEP, device.CACHE_BYTES)
 
 
