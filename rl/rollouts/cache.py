@@ -125,14 +125,29 @@ class Grouped:
         mask: mx.array,
     ) -> mx.array:
         """Attention of one drawn token a row over its prompt and what it drew; `mask` (B, 1, L + used)."""
+        q, k, v = (x[:, :, 0] for x in lent.view(queries, keys, values))
+        return to_mlx(Grouped.attended(arrays, layer, q, k, v, scale, column, mask)[:, :, None])
+
+    @staticmethod
+    def attended(
+        arrays: Any,
+        layer: int,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        scale: float,
+        column: mx.array,
+        mask: mx.array,
+    ) -> torch.Tensor:
+        """The same of tensors (B, heads, D) and (B, kv_heads, D)."""
         if "column" not in arrays:  # the same for all layers
             arrays["column"] = int(column.item())
         if id(mask) not in arrays:
             arrays[id(mask)] = ~lent.view(mask)[0][:, None]
-        (q, k, v), at = lent.view(queries, keys, values), arrays["column"]
+        at = arrays["column"]
         (prompt_k, prompt_v), (own_k, own_v) = ([part[layer] for part in arrays[name]] for name in ("prompt", "ring"))
-        own_k[:, :, at], own_v[:, :, at] = k[:, :, 0], v[:, :, 0]
-        rows, heads, _, width = q.shape
+        own_k[:, :, at], own_v[:, :, at] = k, v
+        rows, heads, width = q.shape
         groups, kv_heads, length, _ = prompt_k.shape
         used = mask.shape[-1] - length
         slots, places = arrays["slots_PG"], arrays["places_B"]
@@ -152,7 +167,7 @@ class Grouped:
         scores.masked_fill_(arrays[id(mask)], torch.finfo(scores.dtype).min)
         weights = scores.softmax(-1, dtype=torch.float32).to(q.dtype)
         out = to_rows(to_groups(weights[..., :length]) @ prompt_v) + weights[..., length:] @ own_v[:, :, :used]
-        return to_mlx(out.reshape(rows, heads, 1, width))
+        return out.reshape(rows, heads, width)
 
 
 class Joined:

@@ -13,7 +13,7 @@ import mlx.core as mx
 import numpy as np
 
 from rl.errors import UserError
-from rl.rollouts import attention, cache, device, fused, kernels
+from rl.rollouts import attention, cache, device, fused, kernels, torch_step
 from rl.rollouts.forward import head, hidden_states, prefill, prefill_last
 from rl.rollouts.result import Completion, Sampling, Totals
 from rl.rollouts.sampling import sample, uniforms_for
@@ -94,7 +94,10 @@ class Engine:
         pool = _Pool(self, [tuple(p) for p in prompts], sampling, max_tokens, (seed, step), stops)
         if heard is not None:
             pool.heard = _Teller(heard, len(prompts))
-        done = pool.run()
+        try:
+            done = pool.run()
+        finally:
+            torch_step.let_go(self.model)
         new = sum(len(c.tokens) for c in done)
         self.totals.add(sum(len(p) for p in prompts), new, time.perf_counter() - started)
         return done
@@ -124,6 +127,7 @@ def decode_step(model: Any, layout: type, sampling: Sampling | None) -> Callable
     windows = model.args.windows
     kinds = list(dict.fromkeys(windows))
     few = layout is cache.Joined and kernels.usable(model)
+    views = torch_step.views(model) if layout is cache.Grouped and torch_step.knows(model) else None
 
     def step(
         token_B: mx.array,
@@ -133,18 +137,23 @@ def decode_step(model: Any, layout: type, sampling: Sampling | None) -> Callable
         uniforms_B_2: mx.array | None,
         arrays: Any,
     ) -> tuple[Any, Any]:
-        def attend(layer: int, queries: mx.array, keys: mx.array, values: mx.array, scale: float) -> mx.array:
-            mask = seen[kinds.index(windows[layer])]
-            return layout.attend(arrays, layer, queries, keys, values, scale, column, mask)
-
         own = arrays.get("own", [])
+        masks = [seen[kinds.index(window)] for window in windows]
         if few:
-            masks = [seen[kinds.index(window)] for window in windows]
             hidden_B_D = kernels.hidden_states(model, token_B, position_B, *own, masks, column)
-            own = []  # written in place
+            logits_B_V, own = head(model, hidden_B_D), []  # written in place
+        elif views is not None:
+
+            def attended(i: int, *q_k_v_scale: Any) -> Any:
+                return layout.attended(arrays, i, *q_k_v_scale, column, masks[i])
+
+            logits_B_V = torch_step.logits(model, views, token_B, position_B, attended)
         else:
-            hidden_B_D = hidden_states(model, token_B[:, None], position_B, attend)[:, -1]
-        logits_B_V = head(model, hidden_B_D)
+
+            def attend(i: int, *q_k_v_scale: Any) -> mx.array:
+                return layout.attend(arrays, i, *q_k_v_scale, column, masks[i])
+
+            logits_B_V = head(model, hidden_states(model, token_B[:, None], position_B, attend)[:, -1])
         if sampling is None:
             return logits_B_V, own
         return sample(logits_B_V, uniforms_B_2, sampling), own

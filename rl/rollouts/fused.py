@@ -14,7 +14,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from rl.rollouts import device
+from rl.rollouts import device, lent
 
 QUANTIZED = ("weight", "scales", "biases")
 TILE = 16  # ranks are padded to it for tensor cores (rl/rollouts/kernels.py)
@@ -100,6 +100,8 @@ class Product:
         if self.settings:
             out = mx.quantized_matmul(flat, *(state[n] for n in QUANTIZED), transpose=True, **self.settings)
             out = out + state["bias"] if "bias" in state else out
+        elif device.torch_is_faster() and x.dtype == mx.float32:
+            out = lent.product(flat, state["weight"], state.get("bias"))
         elif "bias" in state:
             out = mx.addmm(state["bias"], flat, state["weight"].T)
         else:
@@ -134,6 +136,7 @@ class Fused:
         self.layers = [Layer(tile) for _ in model.model.layers]
         self.turns: list[mx.array] = []  # cosines and sines of each kind of RoPE; rl/rollouts/kernels.py fills them
         self.turn_of: list[int] = []  # the kind of each layer
+        self.views: Any = None  # all of it as torch sees it, for one call (rl/rollouts/torch_step.py)
         self.right: dict[
             Any, bool
         ] = {}  # kinds of products of which the kernels were tried, and whether they are right

@@ -160,7 +160,8 @@ def attend(
 def reach(model: Any, positions: int) -> None:
     """Know the cosines and sines of so many positions, where kernels may want them."""
     products = fused.of(model)
-    if products is None or not device.takes_own_kernels() or (products.turns and len(products.turns[0]) >= positions):
+    wanted = products is not None and (device.takes_own_kernels() or device.torch_is_faster())
+    if not wanted or (products.turns and len(products.turns[0]) >= positions):
         return
     length = max(LEAST_POSITIONS, 1 << (positions - 1).bit_length())
     modules = [layer.self_attn for layer in model.model.layers]

@@ -1,0 +1,97 @@
+"""A CPU's decode step by torch gives what transformers gives, follows every sync, and holds nothing afterwards."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from test_families import FAMILIES, make
+from test_sync import LORA, VOCABULARY, policy_of, sampler_of, shake
+
+import rl.rollouts  # noqa: F401  binds BLAS before mlx loads
+
+import mlx.core as mx  # isort: skip
+
+from rl import config, models
+from rl.rollouts import fused, lent, load, parity, torch_step
+from rl.rollouts.engine import Engine
+from rl.rollouts.result import Sampling
+
+PROMPTS = [[3, 9, 20, 41, 7, 7, 13], [3, 9, 20, 41, 7, 7, 13], [3, 9]]
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """A mark for each step that torch made."""
+    found: list[int] = []
+    right = torch_step.logits
+    monkeypatch.setattr(torch_step, "logits", lambda *inputs: found.append(1) or right(*inputs))
+    return found
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_each_family_gives_the_logprobs_of_transformers(family: str, tmp_path: Path, calls: list[int]) -> None:
+    """Biases, grouped keys, windows, layers without RoPE, Gemma's norms and GELU; rows that come later."""
+    model = make(tmp_path, FAMILIES[family])
+    sampler = load.load_sampler(tmp_path)
+    fused.fuse(sampler)
+    engine = Engine(sampler, [60], max_batch=2)
+    for prompt, done in zip(PROMPTS, engine.generate(PROMPTS, Sampling(), max_tokens=12, seed=4), strict=True):
+        (forced,) = parity.trainer_logprobs(model, [prompt + done.tokens])
+        np.testing.assert_allclose(done.logprobs, forced[len(prompt) - 1 :], atol=1e-4)
+    assert calls
+    assert fused.of(sampler).views is None
+
+
+@pytest.mark.parametrize("lora", [None, LORA, config.Lora(rank=3, alpha=4.0, targets=("q_proj", "up_proj"))])
+def test_after_a_step_the_sampler_follows_the_trainer(
+    tiny_base: models.Base, lora: config.Lora | None, calls: list[int]
+) -> None:
+    """Trap: tensors over the old arrays would stay at the first sync without a word."""
+    policy, sampler = policy_of(tiny_base, lora), sampler_of(tiny_base.path)
+    sampler.engine = Engine(sampler.model, [VOCABULARY])
+    prompts = [[3, 4, 5], [3, 4, 5], [6]]
+    for _ in range(2):
+        shake(policy)
+        sampler.sync(policy)
+        for prompt, completion in zip(prompts, sampler.generate(prompts, Sampling(), max_tokens=4), strict=True):
+            (forced,) = parity.trainer_logprobs(policy, [prompt + completion.tokens])
+            np.testing.assert_allclose(completion.logprobs, forced[len(prompt) - 1 :], atol=2e-4)
+    assert calls
+
+
+def test_nothing_is_held_after_a_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A sync that follows would find the old weights beside the new."""
+    make(tmp_path, FAMILIES["llama"])
+    sampler = load.load_sampler(tmp_path)
+    fused.fuse(sampler)
+
+    def fails(*_: object) -> mx.array:
+        assert fused.of(sampler).views is not None
+        raise RuntimeError("no")
+
+    monkeypatch.setattr(torch_step, "logits", fails)
+    with pytest.raises(RuntimeError, match="no"):
+        Engine(sampler, [60]).generate(PROMPTS, Sampling(), max_tokens=4)
+    assert fused.of(sampler).views is None
+
+
+def test_other_models_go_the_other_way(tmp_path: Path, calls: list[int]) -> None:
+    make(tmp_path, FAMILIES["llama"])
+    sampler = load.load_sampler(tmp_path, "bfloat16")
+    fused.fuse(sampler)
+    assert Engine(sampler, [60]).generate(PROMPTS, Sampling(), max_tokens=4)[0].finite
+    assert not calls
+
+
+@pytest.mark.parametrize("rows", [1, 16])
+def test_onednn_multiplies_as_exactly_as_torch(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against float64. Trap: a private operator may come to mean something else."""
+    generator = torch.Generator().manual_seed(0)
+    x, weight, bias = (torch.randn(shape, generator=generator) for shape in ((rows, 192), (512, 192), (512,)))
+    exact = x.double() @ weight.double().T + bias.double()
+    assert weight.numel() >= lent.SMALL
+    found = lent.linear(x, weight, bias)
+    assert (found - exact).abs().max() < 1e-4
+    monkeypatch.setattr(lent, "ONEDNN", False)
+    assert (lent.linear(x, weight, bias) - found).abs().max() < 1e-4
