@@ -13,7 +13,7 @@ import rl.rollouts  # noqa: F401  binds BLAS before mlx loads
 import mlx.core as mx  # isort: skip
 
 from rl import config, models
-from rl.rollouts import fused, lent, load, parity, torch_step
+from rl.rollouts import fused, lent, load, parity, sampling, torch_step
 from rl.rollouts.engine import Engine
 from rl.rollouts.result import Sampling
 
@@ -82,6 +82,29 @@ def test_other_models_go_the_other_way(tmp_path: Path, calls: list[int]) -> None
     fused.fuse(sampler)
     assert Engine(sampler, [60]).generate(PROMPTS, Sampling(), max_tokens=4)[0].finite
     assert not calls
+
+
+@pytest.mark.parametrize("size", [17, 61, 4096, 49152 // 8])
+@pytest.mark.parametrize(
+    "how", [Sampling(), Sampling(temperature=0.7), Sampling(temperature=0.0), Sampling(top_p=0.9), Sampling(top_k=5)]
+)
+def test_a_token_is_drawn_as_mlx_draws_it(how: Sampling, size: int) -> None:
+    """From the same numbers, but for a number that falls between two roundings; a row that is not finite is said."""
+    uniforms = mx.array(sampling.uniforms_for(0, 1, np.arange(64), 1)[:, 0])
+    logits = torch.randn(64, size, generator=torch.Generator().manual_seed(size)) * 3
+    logits[7, 3] = float("nan")
+    tokens, logprobs, finite = (np.array(x) for x in torch_step.sample(logits, uniforms, how))
+    expected = (np.array(x) for x in sampling.sample(mx.array(logits.numpy()), uniforms, how))
+    wanted_tokens, wanted_logprobs, wanted_finite = expected
+    np.testing.assert_array_equal(finite, wanted_finite)
+    np.testing.assert_array_equal(np.flatnonzero(~finite), [7])
+    same = (tokens == wanted_tokens) & finite
+    assert same.sum() >= 62
+    np.testing.assert_allclose(logprobs[same], wanted_logprobs[same], atol=5e-5)  # MLX sums in another order
+    scaled = logits.double() / (how.temperature or 1.0)
+    if not how.filtered:
+        exact = scaled.log_softmax(-1)[torch.arange(64), torch.from_numpy(tokens).long()].numpy()
+        np.testing.assert_allclose(logprobs[finite], exact[finite], atol=1e-5)
 
 
 @pytest.mark.parametrize("rows", [1, 16])

@@ -142,8 +142,6 @@ class Grouped:
         """The same of tensors (B, heads, D) and (B, kv_heads, D)."""
         if "column" not in arrays:  # the same for all layers
             arrays["column"] = int(column.item())
-        if id(mask) not in arrays:
-            arrays[id(mask)] = ~lent.view(mask)[0][:, None]
         at = arrays["column"]
         (prompt_k, prompt_v), (own_k, own_v) = ([part[layer] for part in arrays[name]] for name in ("prompt", "ring"))
         own_k[:, :, at], own_v[:, :, at] = k, v
@@ -161,12 +159,20 @@ class Grouped:
             x = x.reshape(-1, *x.shape[2:])
             return x if places is None else x[places]
 
+        if id(mask) not in arrays:  # (P, 1, G, 1, L + used), the same for all layers of one window
+            unseen = ~lent.view(mask)[0][:, 0]
+            unseen = unseen if slots is None else unseen[slots]
+            arrays[id(mask)] = unseen.view(groups, 1, -1, 1, mask.shape[-1])
+        # scores of a group lie together: only what is the drawn tokens' is moved there and back
         q = (q * scale).reshape(rows, kv_heads, heads // kv_heads, width)
-        to_prompt = to_rows(to_groups(q) @ prompt_k.transpose(-1, -2))
-        scores = torch.cat([to_prompt, q @ own_k[:, :, :used].transpose(-1, -2)], dim=-1)
-        scores.masked_fill_(arrays[id(mask)], torch.finfo(scores.dtype).min)
+        to_prompt = to_groups(q) @ prompt_k.transpose(-1, -2)
+        to_own = to_groups(q @ own_k[:, :, :used].transpose(-1, -2))
+        scores = torch.cat([to_prompt, to_own], dim=-1)
+        scores.view(groups, kv_heads, -1, heads // kv_heads, mask.shape[-1]).masked_fill_(
+            arrays[id(mask)], torch.finfo(scores.dtype).min
+        )
         weights = scores.softmax(-1, dtype=torch.float32).to(q.dtype)
-        out = to_rows(to_groups(weights[..., :length]) @ prompt_v) + weights[..., length:] @ own_v[:, :, :used]
+        out = to_rows(weights[..., :length] @ prompt_v) + to_rows(weights[..., length:]) @ own_v[:, :, :used]
         return out.reshape(rows, heads, width)
 
 

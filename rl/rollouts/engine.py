@@ -18,6 +18,7 @@ from rl.rollouts.forward import head, hidden_states, prefill, prefill_last
 from rl.rollouts.result import Completion, Sampling, Totals
 from rl.rollouts.sampling import sample, uniforms_for
 from rl.rollouts.stops import stopped_at
+from rl.rollouts.transfer import to_mlx
 
 # waiting prompts are read together, when this share of the rows is free
 REFILL_SHARE = 0.25
@@ -147,7 +148,10 @@ def decode_step(model: Any, layout: type, sampling: Sampling | None) -> Callable
             def attended(i: int, *q_k_v_scale: Any) -> Any:
                 return layout.attended(arrays, i, *q_k_v_scale, column, masks[i])
 
-            logits_B_V = torch_step.logits(model, views, token_B, position_B, attended)
+            logits = torch_step.logits(model, views, token_B, position_B, attended)
+            if sampling is not None:
+                return torch_step.sample(logits, uniforms_B_2, sampling), own
+            logits_B_V = to_mlx(logits)
         else:
 
             def attend(i: int, *q_k_v_scale: Any) -> mx.array:

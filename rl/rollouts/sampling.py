@@ -84,13 +84,19 @@ def draw(weights_B_V: mx.array, uniforms_B_2: mx.array) -> mx.array:
     """Indices (B,) in proportion to the weights (not negative, not all 0): a block by the first uniform, a token of it
     by the second. A weight of 0 is never drawn."""
     rows, size = weights_B_V.shape
-    block = gcd(size, BLOCK)
-    if block < BLOCK // 8:
-        weights_B_V, block = mx.pad(weights_B_V, [(0, 0), (0, -size % BLOCK)]), BLOCK
+    block = block_of(size)
+    if size % block:
+        weights_B_V = mx.pad(weights_B_V, [(0, 0), (0, -size % block)])
     weights_B_K_N = weights_B_V.reshape(rows, -1, block)
     block_B = _invert(weights_B_K_N.sum(axis=-1), uniforms_B_2[:, 0])
     weights_B_N = mx.take_along_axis(weights_B_K_N, block_B[:, None, None], axis=1)[:, 0]
     return block_B * block + _invert(weights_B_N, uniforms_B_2[:, 1])
+
+
+def block_of(size: int) -> int:
+    """Tokens of a block of a vocabulary of `size`: a divisor of it, unless that would be a small one."""
+    block = gcd(size, BLOCK)
+    return block if block >= BLOCK // 8 else BLOCK
 
 
 def _invert(weights_B_N: mx.array, uniform_B: mx.array) -> mx.array:

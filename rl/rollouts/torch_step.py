@@ -12,6 +12,9 @@ import torch
 from torch.nn import functional
 
 from rl.rollouts import device, fused, lent
+from rl.rollouts.result import Sampling
+from rl.rollouts.sampling import block_of
+from rl.rollouts.sampling import sample as filtered_sample
 from rl.rollouts.transfer import to_mlx
 
 # layer, queries (B, heads, D), keys and values (B, kv_heads, D), scale -> (B, heads, D)
@@ -65,7 +68,7 @@ class Views:
 
 
 @torch.no_grad()
-def logits(model: Any, views: Views, token_B: mx.array, position_B: mx.array, attend: Attend) -> mx.array:
+def logits(model: Any, views: Views, token_B: mx.array, position_B: mx.array, attend: Attend) -> torch.Tensor:
     """Logits (B, V) of one token a row; as rl/rollouts/forward.py's way through the layers, operation by operation."""
     inner, products = model.model, fused.of(model)
     token_ids, positions = lent.view(token_B, position_B)
@@ -95,7 +98,39 @@ def logits(model: Any, views: Views, token_B: mx.array, position_B: mx.array, at
             x = attended.add_(x)
             gate, up = _product(gate_up, norms["post_attention_layernorm"](x)).chunk(2, dim=-1)
             x = _product(down, functional.silu(gate).mul_(up)).add_(x)
-    return to_mlx(lent.linear(views.norm(x), views.head))
+    return lent.linear(views.norm(x), views.head)
+
+
+@torch.no_grad()
+def sample(logits_B_V: torch.Tensor, uniforms_B_2: mx.array, sampling: Sampling) -> tuple[mx.array, mx.array, mx.array]:
+    """As `sampling.sample`, which also does it where the distribution is filtered."""
+    if sampling.filtered:
+        return filtered_sample(to_mlx(logits_B_V), uniforms_B_2, sampling)
+    finite_B = logits_B_V.sum(-1).isfinite()
+    if sampling.temperature not in (0.0, 1.0):
+        logits_B_V = logits_B_V / sampling.temperature
+    most_B = logits_B_V.amax(-1)
+    weights_B_V = (logits_B_V - most_B[:, None]).exp_()
+    greedy = sampling.temperature == 0.0
+    tokens_B = logits_B_V.argmax(-1) if greedy else _draw(weights_B_V, lent.view(uniforms_B_2)[0])
+    chosen_B = logits_B_V.gather(-1, tokens_B[:, None])[:, 0]
+    logprobs_B = chosen_B - most_B - weights_B_V.sum(-1).log_()
+    return to_mlx(tokens_B.int()), to_mlx(logprobs_B), to_mlx(finite_B)
+
+
+def _draw(weights_B_V: torch.Tensor, uniforms_B_2: torch.Tensor) -> torch.Tensor:
+    """As `sampling.draw`: a block of the vocabulary by the first number, a token of it by the second."""
+    block = block_of(weights_B_V.shape[1])
+    weights_B_V = functional.pad(weights_B_V, (0, -weights_B_V.shape[1] % block))
+    weights_B_K_N = weights_B_V.view(len(weights_B_V), -1, block)
+    block_B = _invert(weights_B_K_N.sum(-1), uniforms_B_2[:, 0])
+    within_B = _invert(weights_B_K_N[torch.arange(len(block_B)), block_B], uniforms_B_2[:, 1])
+    return block_B * block + within_B
+
+
+def _invert(weights_B_N: torch.Tensor, uniform_B: torch.Tensor) -> torch.Tensor:
+    sums_B_N = weights_B_N.cumsum(-1)
+    return (sums_B_N <= uniform_B[:, None] * sums_B_N[:, -1:]).sum(-1)
 
 
 def _product(state: dict[str, torch.Tensor], x: torch.Tensor) -> torch.Tensor:
