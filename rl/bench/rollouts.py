@@ -3,8 +3,7 @@
 import gc
 import re
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -184,56 +183,55 @@ def contest(
     players = [name for name in (ENGINE, BATCH, HF, PAGED) if name not in absent]
     found = Contest(work, [], [], {name: [] for name in players}, [])
     last: dict[str, float] = {}
-    with _paged(policy, work, players, absent) as paged:
-        for repeat in range(-1, setting.repeats):
-            if repeat > 0:
-                players = _affordable(players, last, share.left())
-            if not players:
-                break
-            warm = repeat < 0
-            # MLX compiles at the first sight of a kind of batch, on a CPU one of a single row too: the tail has all
-            short = warm and setting.device.type == "cpu" and not work.long_tail
-            most = min(WARM_TOKENS, work.max_tokens) if short else work.max_tokens
-            limits: list[int] = []
-            turns: dict[str, float] = {}
-            for name in list(players):
-                if whole.left() <= 0:
-                    return found if found.tokens else None
-                turn = "warm-up" if warm else f"{repeat + 1} of {setting.repeats}"
-                setting.say(f"{subject.shape}: rollout {work.name}, {name}, {turn}")
-                # torch compiles nothing here: a few tokens of its contestants warm up as much as all would
-                asked = [min(WARM_TOKENS, n) for n in limits] if warm and name in (HF, PAGED) else limits
-                gc.collect()
-                seed, started = SEED + 1 + repeat, time.perf_counter()
-                if name == ENGINE:
-                    done = [c.tokens for c in contestants.engine(model, prompts, most, ending=ending, seed=seed)]
-                elif name == BATCH:
-                    done = [c.tokens for c in contestants.batch_generator(model, prompts, limits, seed=seed)]
-                elif name == HF:
-                    done = contestants.hf_generate(policy, prompts, asked, seed=seed)
-                else:
-                    try:
-                        done = paged(prompts, asked)
-                    except Exception as error:
-                        absent[PAGED] = said(error)
-                        players.remove(PAGED)
-                        found.seconds.pop(PAGED)
-                        continue
-                turns[name] = time.perf_counter() - started
-                if name in (HF, PAGED):
-                    give_back(setting.device)  # what torch keeps for itself MLX cannot have: 1.7B ran out of memory
-                lengths = [len(tokens) for tokens in done]
-                limits, asked = limits or lengths, asked or lengths
-                if lengths != asked or (name == ENGINE and not work.long_tail and set(lengths) != {most}):
-                    raise RunFailed(f"bench: {name} gave {sum(lengths)} new tokens in {work.name}, not {sum(asked)}")
-            if warm:
-                continue
-            last = turns
-            for name in players:
-                found.seconds[name].append(turns[name])
-            found.tokens.append(sum(limits))
-            found.longest.append(max(limits))
-            found.floors.append(tables.floor(sizes, machine, work.prompts, work.prompt_tokens, limits))
+    for repeat in range(-1, setting.repeats):
+        if repeat > 0:
+            players = _affordable(players, last, share.left())
+        if not players:
+            break
+        warm = repeat < 0
+        # MLX compiles at the first sight of a kind of batch, on a CPU one of a single row too: the tail has all
+        short = warm and setting.device.type == "cpu" and not work.long_tail
+        most = min(WARM_TOKENS, work.max_tokens) if short else work.max_tokens
+        limits: list[int] = []
+        turns: dict[str, float] = {}
+        for name in list(players):
+            if whole.left() <= 0:
+                return found if found.tokens else None
+            turn = "warm-up" if warm else f"{repeat + 1} of {setting.repeats}"
+            setting.say(f"{subject.shape}: rollout {work.name}, {name}, {turn}")
+            # torch compiles nothing here: a few tokens of its contestants warm up as much as all would
+            asked = [min(WARM_TOKENS, n) for n in limits] if warm and name in (HF, PAGED) else limits
+            gc.collect()
+            seed, started = SEED + 1 + repeat, time.perf_counter()
+            if name == ENGINE:
+                done = [c.tokens for c in contestants.engine(model, prompts, most, ending=ending, seed=seed)]
+            elif name == BATCH:
+                done = [c.tokens for c in contestants.batch_generator(model, prompts, limits, seed=seed)]
+            elif name == HF:
+                done = contestants.hf_generate(policy, prompts, asked, seed=seed)
+            else:
+                try:
+                    done, seconds = _paged(policy, work, prompts, asked)
+                except Exception as error:
+                    absent[PAGED] = said(error)
+                    players.remove(PAGED)
+                    found.seconds.pop(PAGED)
+                    continue
+            turns[name] = seconds if name == PAGED else time.perf_counter() - started
+            if name in (HF, PAGED):
+                give_back(setting.device)  # what torch keeps for itself MLX cannot have: 1.7B ran out of memory
+            lengths = [len(tokens) for tokens in done]
+            limits, asked = limits or lengths, asked or lengths
+            if lengths != asked or (name == ENGINE and not work.long_tail and set(lengths) != {most}):
+                raise RunFailed(f"bench: {name} gave {sum(lengths)} new tokens in {work.name}, not {sum(asked)}")
+        if warm:
+            continue
+        last = turns
+        for name in players:
+            found.seconds[name].append(turns[name])
+        found.tokens.append(sum(limits))
+        found.longest.append(max(limits))
+        found.floors.append(tables.floor(sizes, machine, work.prompts, work.prompt_tokens, limits))
     return found if found.tokens else None
 
 
@@ -245,24 +243,14 @@ def _affordable(players: Sequence[str], last: dict[str, float], left: float) -> 
     return kept if len(kept) > 1 else []
 
 
-@contextmanager
-def _paged(policy: Any, work: Work, players: list[str], absent: dict[str, str]) -> Iterator[Any]:
-    """Continuous batching, kept ready over all turns as a trainer would keep it; leaves `players` where it fails."""
+def _paged(policy: Any, work: Work, prompts: list[list[int]], asked: list[int]) -> tuple[list[list[int]], float]:
+    """Continuous batching's completions and seconds. Its thread is ready before they count, and gone afterwards: while
+    it waits for requests it takes a core from the others, which halved what a tiny model did on two."""
     from rl.rollouts import bench as contestants
 
-    if PAGED not in players:
-        yield None
-        return
     rows = work.prompts * work.group
-    manager = contestants.continuous(policy, rows, work.prompt_tokens, work.max_tokens)
-    try:
-        paged = manager.__enter__()
-    except Exception as error:
-        absent[PAGED] = said(error)
-        players.remove(PAGED)
-        yield None
-        return
-    try:
-        yield paged
-    finally:
-        manager.__exit__(None, None, None)
+    with contestants.continuous(policy, rows, work.prompt_tokens, work.max_tokens) as paged:
+        paged(prompts[:1], [1])
+        started = time.perf_counter()
+        done = paged(prompts, asked)
+        return done, time.perf_counter() - started
