@@ -244,8 +244,8 @@ def _affordable(players: Sequence[str], last: dict[str, float], left: float) -> 
 
 
 def _paged(policy: Any, work: Work, prompts: list[list[int]], asked: list[int]) -> tuple[list[list[int]], float]:
-    """Continuous batching's completions and seconds. Its thread is ready before they count, and gone afterwards: while
-    it waits for requests it takes a core from the others, which halved what a tiny model did on two."""
+    """Continuous batching's completions and seconds. Its thread is ready before they count, and gone afterwards, so
+    that it takes nothing from the others while it waits for requests."""
     from rl.rollouts import bench as contestants
 
     rows = work.prompts * work.group

@@ -117,6 +117,11 @@ class Layer:
     def __init__(self, tile: int = 1) -> None:
         self.qkv, self.o, self.gate_up, self.down = (Product(tile) for _ in range(4))
 
+    @property
+    def every(self) -> tuple[Product, ...]:
+        """In the order in which a token passes them."""
+        return self.qkv, self.o, self.gate_up, self.down
+
     def products(self, layer: nn.Module) -> list[tuple[Product, list[nn.Module]]]:
         """Each with the modules that it stands for."""
         attention, mlp = layer.self_attn, layer.mlp
@@ -137,9 +142,8 @@ class Fused:
         self.turns: list[mx.array] = []  # cosines and sines of each kind of RoPE; rl/rollouts/kernels.py fills them
         self.turn_of: list[int] = []  # the kind of each layer
         self.views: Any = None  # all of it as torch sees it, for one call (rl/rollouts/torch_step.py)
-        self.right: dict[
-            Any, bool
-        ] = {}  # kinds of products of which the kernels were tried, and whether they are right
+        # kinds of products of which the kernels were tried, and whether they were right
+        self.right: dict[Any, bool] = {}
         self.refresh(model)
 
     def refresh(self, model: nn.Module) -> None:
@@ -154,7 +158,7 @@ class Fused:
     @property
     def state(self) -> list[dict[str, mx.array]]:
         """All arrays, as an input of compiled steps."""
-        return [p.state for layer in self.layers for p in (layer.qkv, layer.o, layer.gate_up, layer.down)]
+        return [p.state for layer in self.layers for p in layer.every]
 
 
 def _arrays(layers: Sequence[nn.Module], names: Sequence[str]) -> list[Any]:

@@ -81,7 +81,7 @@ def product(
         "rows": rows_M_K,
         "offsets": state.get("biases", none),
         "gamma": none if norm is None else norm.weight,
-        "more": none if more is None else more,
+        "more": more if more is not None else none,
     }
     (out,) = _product(None if norm is None else float(norm.eps))(
         inputs=[inputs[name] if name in inputs else state.get(name, none) for name in INPUTS],
@@ -174,7 +174,7 @@ def reach(model: Any, positions: int) -> None:
 
 def _turns(module: nn.Module, length: int) -> mx.array:
     """(length, D) float32: RoPE's cosine for each of D / 2 pairs, then its sines, each times RoPE's own scale: what it
-    makes of ones and zeros. As of one long row: of one that is broadcast, MLX 0.32.4 turns nothing right with CUDA."""
+    makes of ones and zeros. As of one long row: one broadcast to many positions came out wrong on an H100 (0.32.4)."""
     half = _head_size(module) // 2
     unit = mx.concatenate([mx.ones((1, 1, length, half)), mx.zeros((1, 1, length, half))], axis=-1)
     return mx.contiguous(module.rope(unit)[0, 0])
@@ -213,14 +213,10 @@ def usable(model: Any) -> bool:
     products = fused.of(model)
     if products is None or not device.takes_own_kernels():
         return False
-    kind = tuple((tuple(p.settings.items()), p.rank, "bias" in p.state) for p in _products(products.layers[0]))
+    kind = tuple((tuple(p.settings.items()), p.rank, "bias" in p.state) for p in products.layers[0].every)
     if kind not in products.right:
         products.right[kind] = _knows(model) and _right(model)
     return products.right[kind]
-
-
-def _products(layer: fused.Layer) -> list[fused.Product]:
-    return [layer.qkv, layer.o, layer.gate_up, layer.down]
 
 
 def _knows(model: Any) -> bool:
@@ -233,7 +229,7 @@ def _knows(model: Any) -> bool:
         return False
     if not all(_head_size(module) in (32, 64, 128, 256) for module in attention):
         return False
-    return all(_fits(one, dtype) for layer in fused.of(model).layers for one in _products(layer))
+    return all(_fits(one, dtype) for layer in fused.of(model).layers for one in layer.every)
 
 
 def _fits(one: fused.Product, dtype: mx.Dtype) -> bool:
@@ -278,7 +274,7 @@ def _trial(model: Any) -> dict[str, tuple[mx.array, mx.array]]:
     def normal(*shape: int) -> mx.array:
         return mx.random.normal(shape, key=mx.random.key(sum(shape))).astype(dtype)
 
-    qkv, o, gate_up, down = (_shaken(one, normal) for one in _products(own))
+    qkv, o, gate_up, down = (_shaken(one, normal) for one in own.every)
     x, attended, between = (
         normal(rows, width) for width in (layer.input_layernorm.weight.size, heads * size, down.inputs)
     )

@@ -60,19 +60,16 @@ __device__ inline void multiply(
     float (&sums)[4], unsigned w0, unsigned w1, unsigned w2, unsigned w3, unsigned x0, unsigned x1);
 
 #ifdef __CUDACC__
-template <>
-__device__ inline void multiply<__half>(
-    float (&sums)[4], unsigned w0, unsigned w1, unsigned w2, unsigned w3, unsigned x0, unsigned x1) {
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-                 : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
-                 : "r"(w0), "r"(w1), "r"(w2), "r"(w3), "r"(x0), "r"(x1));
-}
-
-template <>
-__device__ inline void multiply<__nv_bfloat16>(
-    float (&sums)[4], unsigned w0, unsigned w1, unsigned w2, unsigned w3, unsigned x0, unsigned x1) {
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-                 : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
-                 : "r"(w0), "r"(w1), "r"(w2), "r"(w3), "r"(x0), "r"(x1));
-}
+#define MULTIPLY(T, NAME) \
+    template <> \
+    __device__ inline void multiply<T>( \
+        float (&sums)[4], unsigned w0, unsigned w1, unsigned w2, unsigned w3, unsigned x0, unsigned x1) { \
+        asm("mma.sync.aligned.m16n8k16.row.col.f32." NAME "." NAME ".f32 " \
+            "{%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};" \
+            : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3]) \
+            : "r"(w0), "r"(w1), "r"(w2), "r"(w3), "r"(x0), "r"(x1)); \
+    }
+MULTIPLY(__half, "f16")
+MULTIPLY(__nv_bfloat16, "bf16")
+#undef MULTIPLY
 #endif

@@ -22,13 +22,15 @@ Attend = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor, float], torch.
 
 
 def knows(model: Any) -> bool:
-    """Whether `hidden_states` may decode this model: a float32 one, of weights as they are. Call it after a prefill."""
+    """Whether `logits` may decode this model: a float32 one, of weights as they are. Call it after a prefill."""
     products = fused.of(model)
     if products is None or not products.turns or not device.torch_is_faster():
         return False
-    return model.model.norm.weight.dtype == mx.float32 and not any(
-        "scales" in part for part in (model.model.embed_tokens, model.get("lm_head", {}), products.state[0])
-    )
+    if products.views is not None:  # asked before every step, and known since the first
+        return True
+    ends = (model.model.embed_tokens, model.get("lm_head", {}))
+    coded = any("scales" in part for part in [*ends, *products.state])
+    return model.model.norm.weight.dtype == mx.float32 and not coded
 
 
 def views(model: Any) -> "Views":
