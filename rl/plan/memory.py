@@ -328,7 +328,7 @@ def _kv(shape: Architecture, work: Workload, item: int, grouped: bool, steps: in
 def _sampler(shape: Architecture, work: Workload, device: Device) -> Parts:
     """What MLX holds: on a CPU the dequantized values of the weights in float32, elsewhere codes or a half copy."""
     shared = work.bits > 0
-    exact = device == "cpu" or shared
+    exact = device == "cpu" or (shared and device != "cuda")
     item = {"float32": FLOAT, None: FLOAT if exact else HALF}.get(work.sampler_dtype, HALF)
     weights: float = shape.parameters * item
     if shared and device != "cpu":
