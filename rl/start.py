@@ -241,7 +241,7 @@ def load_sampler(config: "Config", start: Start, policy: Any, tokenizer: Any, st
     if config.run.device == "cpu":
         use_cpu()
     precision = rollout.precision or "full"
-    # half a number is a different policy's by .004 nats, which the correction mends and papers/quantized-rollouts cannot
+    # float16 is a different policy's by .004 nats, which the correction mends and papers/quantized-rollouts cannot
     # tell from none; CUDA's own kernels take no other
     exact = backend() == "cpu" or (precision == "shared" and backend() != "cuda")
     built = sampler.build(
