@@ -1,5 +1,8 @@
 """A CPU's decode step by torch gives what transformers gives, follows every sync, and holds nothing afterwards."""
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +21,30 @@ from rl.rollouts.engine import Engine
 from rl.rollouts.result import Sampling
 
 PROMPTS = [[3, 9, 20, 41, 7, 7, 13], [3, 9, 20, 41, 7, 7, 13], [3, 9]]
+
+# prints how many threads there are before a LoRA policy is checked and sampled from, after that, and after a product
+# that is left to MLX
+COUNT = """
+import os, sys
+from pathlib import Path
+from conftest import _make_config
+from test_sync import LORA, policy_of, sampler_of, shake
+import mlx.core as mx, torch
+from rl import models
+from rl.rollouts.result import Sampling
+base = models.resolve_base(_make_config("tiny"), Path(sys.argv[1]))
+policy, sampler = policy_of(base, LORA), sampler_of(base.path)
+shake(policy)
+x = mx.ones((256, 256))
+mx.eval(x + torch.from_dlpack(x).matmul(torch.ones(256, 256)).sum().item())
+for work in (
+    lambda: None,
+    lambda: (sampler.sync(policy), sampler.check(policy, 17), sampler.generate([[3] * 99], Sampling(), max_tokens=9)),
+    lambda: mx.eval(x @ x),
+):
+    work()
+    print(len(os.listdir("/proc/self/task")))
+"""
 
 
 @pytest.fixture
@@ -82,6 +109,20 @@ def test_other_models_go_the_other_way(tmp_path: Path, calls: list[int]) -> None
     fused.fuse(sampler)
     assert Engine(sampler, [60]).generate(PROMPTS, Sampling(), max_tokens=4)[0].finite
     assert not calls
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="counts the threads in /proc, of a BLAS that Linux shares")
+def test_mlx_asks_for_no_workers_of_its_own(tmp_path: Path) -> None:
+    """Trap: one small product of MLX's halves the speed of all that torch computes after it."""
+    env = {**os.environ, "OMP_NUM_THREADS": "2"}
+    done = subprocess.run(
+        [sys.executable, "-c", COUNT, str(tmp_path)], cwd=Path(__file__).parent, env=env, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    before, after, product = map(int, done.stdout.split()[-3:])
+    if product == before:
+        pytest.skip("MLX's products have no workers here")
+    assert after == before
 
 
 @pytest.mark.parametrize("size", [17, 61, 4096, 49152 // 8])

@@ -1,7 +1,8 @@
 """`nox -s bench`: rollouts, sync and the parts of a GRPO step, against what they replace, on this machine.
 
-One process, contestants in turns, ratios within a repetition. Nothing is timed before the contestants have agreed on
-greedy completions with the trainer's own logits, and nothing counts whose lengths are not the forced ones.
+Contestants in turns, on a CPU mlx-lm's in a process beside the others; ratios within a repetition. Nothing is timed
+before the contestants have agreed on greedy completions with the trainer's own logits, and nothing counts whose lengths
+are not the forced ones.
 """
 
 import os
@@ -107,6 +108,7 @@ def bench(
     import torch
 
     from rl import models
+    from rl.rollouts import bench as contestants
     from rl.rollouts import sampler as samplers
 
     reference = models.load_policy(subject.base, torch.float32, setting.device)
@@ -118,7 +120,11 @@ def bench(
     sampler.check(reference, never)
     same = setting.dtype == "float32"
     policy = reference if same else models.load_policy(subject.base, setting.dtype, setting.device)
-    agreements, absent = agree(subject, setting, reference, policy, sampler.model, never)
+    apart = setting.device.type == "cpu"
+    batch = (
+        contestants.batch_apart(subject.base.path, setting.dtype) if apart else contestants.batch_here(sampler.model)
+    )
+    agreements, absent = agree(subject, setting, reference, policy, sampler.model, batch, never)
     sizes = sizes_of(policy)
     setting.say(f"{subject.shape}: bandwidth, sums and launches of this machine")
     report = Report(
@@ -139,7 +145,7 @@ def bench(
         for number, work in enumerate(todo):
             own = share.part(weights[number] / sum(weights[number:]))
             found = contest(
-                work, subject, setting, policy, sampler.model, never, sizes, report.machine, absent, own, budget
+                work, subject, setting, policy, sampler.model, batch, never, sizes, report.machine, absent, own, budget
             )
             if found is None:
                 report.notes.append(f"not run: rollout {work.name}, no time was left in the budget")
@@ -161,7 +167,7 @@ def bench(
     left = {name: weight for name, weight in PARTS.items() if name in parts}
     for name, work in (("rollouts", rollouts), ("sync", sync), ("step", step)):
         if name == "sync":
-            del policy  # the rollouts' last use of it; a nested function keeps its cell, not the weights
+            del policy, batch  # the rollouts' last use of them; a nested function keeps its cell, not the weights
         if name == "step":
             del sampler, reference
             devices.give_back(setting.device)

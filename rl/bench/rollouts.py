@@ -17,6 +17,8 @@ from rl.errors import RunFailed
 if TYPE_CHECKING:
     import torch
 
+    from rl.rollouts.bench import Batch
+
 SEED = 0
 GREEDY_TOKENS = 16  # a row, for the agreement
 WARM_TOKENS = 8  # a row, of a contestant's warm-up where that is enough
@@ -70,7 +72,7 @@ def works(setting: Setting) -> list[Work]:
 
 
 def agree(
-    subject: Subject, setting: Setting, reference: Any, policy: Any, model: Any, never: int
+    subject: Subject, setting: Setting, reference: Any, policy: Any, model: Any, batch: "Batch", never: int
 ) -> tuple[list[tables.Agreement], dict[str, str]]:
     """Greedy completions of every contestant on 4 prompts, each twice, judged by the trainer's logits in float32.
 
@@ -84,11 +86,11 @@ def agree(
     prompts = [p for p in subject.prompts[:4] for _ in range(2)]
     new = min(GREEDY_TOKENS, setting.new)
     ours = contestants.engine(model, prompts, new, ending=[never], temperature=0.0)
-    batch = contestants.batch_generator(model, prompts, [new] * 8, temperature=0.0, logprobs=True)
+    theirs, _ = batch(prompts, [new] * 8, temperature=0.0, logprobs=True)
     hf = contestants.hf_generate(policy, prompts, [new] * 8, temperature=0.0)
     answers = {
         ENGINE: ([c.tokens for c in ours], [c.logprobs for c in ours]),
-        BATCH: ([c.tokens for c in batch], [c.logprobs for c in batch]),
+        BATCH: ([c.tokens for c in theirs], [c.logprobs for c in theirs]),
         HF: (hf, None),
     }
     absent: dict[str, str] = {}
@@ -160,6 +162,7 @@ def contest(
     setting: Setting,
     policy: Any,
     model: Any,
+    batch: "Batch",
     never: int,
     sizes: Sizes,
     machine: tables.Machine,
@@ -206,7 +209,8 @@ def contest(
             if name == ENGINE:
                 done = [c.tokens for c in contestants.engine(model, prompts, most, ending=ending, seed=seed)]
             elif name == BATCH:
-                done = [c.tokens for c in contestants.batch_generator(model, prompts, limits, seed=seed)]
+                theirs, seconds = batch(prompts, limits, seed=seed)
+                done = [c.tokens for c in theirs]
             elif name == HF:
                 done = contestants.hf_generate(policy, prompts, asked, seed=seed)
             else:
@@ -217,7 +221,7 @@ def contest(
                     players.remove(PAGED)
                     found.seconds.pop(PAGED)
                     continue
-            turns[name] = seconds if name == PAGED else time.perf_counter() - started
+            turns[name] = seconds if name in (BATCH, PAGED) else time.perf_counter() - started
             if name in (HF, PAGED):
                 give_back(setting.device)  # what torch keeps for itself MLX cannot have: 1.7B ran out of memory
             lengths = [len(tokens) for tokens in done]

@@ -7,11 +7,16 @@ vocabulary at temperature 1 (or greedily, for the checks); lengths are forced, n
 - the others are given the lengths that came out, one limit a row, by their own means.
 """
 
+import gc
 import io
 import re
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
+from functools import cache as once
+from multiprocessing import get_context
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -24,6 +29,7 @@ from rl.errors import RunFailed
 from rl.rollouts import cache, device, kernels
 from rl.rollouts.engine import Engine, decode_step
 from rl.rollouts.forward import prefill_last
+from rl.rollouts.load import load_sampler
 from rl.rollouts.result import Completion, Sampling
 
 # graph nodes that only describe an array anew; all others are work for the device
@@ -31,6 +37,9 @@ VIEWS = {"Broadcast", "Transpose", "Flatten", "Unflatten", "ExpandDims", "Reshap
 CHAIN = 1000
 PAGE = 256  # tokens of a page of continuous batching's cache, its default
 STUCK = 180  # seconds
+
+# `batch_generator` of one model: prompts, limits and its keywords -> completions and the seconds they took
+Batch = Callable[..., tuple[list[Completion], float]]
 
 
 def engine(
@@ -92,6 +101,42 @@ def batch_generator(
     finally:
         mx.set_cache_limit(bound)
     return [Completion(t, p) for t, p in zip(tokens, chosen, strict=True)]
+
+
+def batch_here(model: Any) -> Batch:
+    """`batch_generator` of `model`, timed."""
+
+    def run(prompts: Sequence[Sequence[int]], limits: Sequence[int], **how: Any) -> tuple[list[Completion], float]:
+        started = time.perf_counter()
+        done = batch_generator(model, prompts, limits, **how)
+        return done, time.perf_counter() - started
+
+    return run
+
+
+def batch_apart(folder: Path, dtype: str) -> Batch:
+    """`batch_here` of the model in `folder`, in a process that ends when the function is let go.
+
+    For a CPU, where MLX's own products would from the first on halve the speed of all that torch does in the process
+    (rl/rollouts/lent.py), which is the others' work and not this one's.
+    """
+    pool = ProcessPoolExecutor(1, mp_context=get_context("spawn"))  # a fork would lack the threads of torch and MLX
+
+    def run(prompts: Sequence[Sequence[int]], limits: Sequence[int], **how: Any) -> tuple[list[Completion], float]:
+        return pool.submit(_batch_of, folder, dtype, prompts, limits, how).result()
+
+    return run
+
+
+def _batch_of(folder: Path, dtype: str, prompts: Any, limits: Any, how: dict[str, Any]) -> Any:
+    run = _loaded(folder, dtype)
+    gc.collect()
+    return run(prompts, limits, **how)
+
+
+@once
+def _loaded(folder: Path, dtype: str) -> Batch:
+    return batch_here(load_sampler(folder, dtype))
 
 
 class _Limits(StoppingCriteria):

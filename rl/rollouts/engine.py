@@ -334,9 +334,10 @@ class _Pool:
         step, pending = self.engine.step(self.sampling), []
         for t in range(count):
             masks = [mask_T_B_1_K[t] for mask_T_B_1_K in seen]
-            drawn, own = step(
-                self.token_B, position_T_B[t], masks, column_T[t], uniforms_B_T_2[:, t], self.layout.arrays()
-            )
+            given = (self.token_B, position_T_B[t], masks, column_T[t], uniforms_B_T_2[:, t])
+            if device.torch_is_faster():
+                mx.eval(given)  # once: torch would wait for MLX's thread at the first look at each
+            drawn, own = step(*given, self.layout.arrays())
             self.layout.store(own)
             self.token_B = drawn[0]
             mx.async_eval(drawn, own)

@@ -59,7 +59,11 @@ def hidden_states(
 
 def head(model: Any, hidden: mx.array) -> mx.array:
     """Logits of hidden states: by the head, or by the embedding it is tied to."""
-    return model.lm_head(hidden) if "lm_head" in model else model.model.embed_tokens.as_linear(hidden)
+    module = model.lm_head if "lm_head" in model else model.model.embed_tokens
+    if "weight" in module and lent.takes(hidden, module["weight"]):
+        own = {name: module[name] for name in ("weight", "bias") if name in module}
+        return lent.product(hidden.reshape(-1, hidden.shape[-1]), own).reshape(*hidden.shape[:-1], -1)
+    return module(hidden) if "lm_head" in model else module.as_linear(hidden)
 
 
 def _attention(

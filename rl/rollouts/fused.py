@@ -97,11 +97,11 @@ class Product:
     def __call__(self, x: mx.array) -> mx.array:
         """(…, in) -> (…, sum of the layers' outputs), in the dtype of `x`."""
         state, flat = self.state, x.reshape(-1, x.shape[-1])
+        if lent.takes(x, state["weight"]):
+            return lent.product(flat, state).reshape(*x.shape[:-1], -1)
         if self.settings:
             out = mx.quantized_matmul(flat, *(state[n] for n in QUANTIZED), transpose=True, **self.settings)
             out = out + state["bias"] if "bias" in state else out
-        elif device.torch_is_faster() and x.dtype == mx.float32:
-            out = lent.product(flat, state["weight"], state.get("bias"))
         elif "bias" in state:
             out = mx.addmm(state["bias"], flat, state["weight"].T)
         else:

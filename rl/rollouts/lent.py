@@ -2,12 +2,18 @@
 
 On a CPU one exponential takes MLX 10 ns and torch a tenth of that, and a decoding model is full of them. MLX's arrays
 are read where they lie; results are copied back once. Nothing of it is used where MLX has a GPU.
+
+No product of float32 may be left to MLX, however small. It computes in a thread of its own, by the BLAS of torch, and
+OpenMP keeps workers for each thread that asks for them: with more of them in the process than there are cores they
+sleep after every operation where they would have waited for the next, and all that torch computes, training too, takes
+twice as long from the first such product to the process's end.
 """
 
 import mlx.core as mx
 import torch
 from torch.nn import functional
 
+from rl.rollouts import device
 from rl.rollouts.transfer import to_mlx
 
 ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
@@ -45,10 +51,22 @@ def exp(x: mx.array) -> mx.array:
     return to_mlx(view(x)[0].exp())
 
 
+def takes(x: mx.array, weight: mx.array) -> bool:
+    """Whether `product` is for these: float32, with no codes among them, where torch lends a hand."""
+    return device.torch_is_faster() and x.dtype == weight.dtype == mx.float32
+
+
 @torch.no_grad()
-def product(x: mx.array, weight: mx.array, bias: mx.array | None) -> mx.array:
-    """`linear`, of MLX's."""
-    return to_mlx(linear(*view(*(array for array in (x, weight, bias) if array is not None))))
+def product(x: mx.array, state: dict[str, mx.array]) -> mx.array:
+    """`linear_of`, of MLX's."""
+    x_t, *state_t = view(x, *state.values())
+    return to_mlx(linear_of(dict(zip(state, state_t, strict=True)), x_t))
+
+
+def linear_of(state: dict[str, torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+    """x @ weight.T, with `state`'s bias where it has one, and its adapter of (ranks, in) and (ranks, out)."""
+    out = linear(x, state["weight"], state.get("bias"))
+    return out.addmm_(x @ state["a"].T, state["b"]) if "a" in state else out
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:

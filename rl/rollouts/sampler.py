@@ -87,6 +87,7 @@ class MLXSampler:
         """
         if self.quantize is not None:
             exact = load_sampler(self.folder, self.dtype)
+            fused.fuse(exact)  # whose products are not MLX's on a CPU (rl/rollouts/lent.py)
             sync.sync_weights(exact, sync.merged_weights(policy))
             parity.check(policy, exact, self.dtype, vocabulary)
             return parity.compare(policy, self.model, parity.probe(vocabulary))

@@ -81,7 +81,7 @@ def logits(model: Any, views: Views, token_B: mx.array, position_B: mx.array, at
         qkv, o, gate_up, down = views.products[4 * i : 4 * i + 4]
         norms, module = views.norms[i], layer.self_attn
         heads, kv_heads = module.n_heads, module.n_kv_heads
-        every = _product(qkv, norms["input_layernorm"](x)).view(len(x), heads + 2 * kv_heads, -1)
+        every = lent.linear_of(qkv, norms["input_layernorm"](x)).view(len(x), heads + 2 * kv_heads, -1)
         queries, keys, values = every.split([heads, kv_heads, kv_heads], dim=1)
         if "q_norm" in norms:
             turned = _turn(
@@ -90,16 +90,16 @@ def logits(model: Any, views: Views, token_B: mx.array, position_B: mx.array, at
         else:
             turned = _turn(every[:, : heads + kv_heads], turns[products.turn_of[i]])
         queries, keys = turned.split([heads, kv_heads], dim=1)
-        attended = _product(o, attend(i, queries, keys, values, module.scale).reshape(len(x), -1))
+        attended = lent.linear_of(o, attend(i, queries, keys, values, module.scale).reshape(len(x), -1))
         if views.gemma:
             x = x + norms["post_attention_layernorm"](attended)
-            gate, up = _product(gate_up, norms["pre_feedforward_layernorm"](x)).chunk(2, dim=-1)
-            fed = _product(down, functional.gelu(gate, approximate="tanh") * up)
+            gate, up = lent.linear_of(gate_up, norms["pre_feedforward_layernorm"](x)).chunk(2, dim=-1)
+            fed = lent.linear_of(down, functional.gelu(gate, approximate="tanh") * up)
             x = x + norms["post_feedforward_layernorm"](fed)
         else:
             x = attended.add_(x)
-            gate, up = _product(gate_up, norms["post_attention_layernorm"](x)).chunk(2, dim=-1)
-            x = _product(down, functional.silu(gate).mul_(up)).add_(x)
+            gate, up = lent.linear_of(gate_up, norms["post_attention_layernorm"](x)).chunk(2, dim=-1)
+            x = lent.linear_of(down, functional.silu(gate).mul_(up)).add_(x)
     return lent.linear(views.norm(x), views.head)
 
 
@@ -133,12 +133,6 @@ def _draw(weights_B_V: torch.Tensor, uniforms_B_2: torch.Tensor) -> torch.Tensor
 def _invert(weights_B_N: torch.Tensor, uniform_B: torch.Tensor) -> torch.Tensor:
     sums_B_N = weights_B_N.cumsum(-1)
     return (sums_B_N <= uniform_B[:, None] * sums_B_N[:, -1:]).sum(-1)
-
-
-def _product(state: dict[str, torch.Tensor], x: torch.Tensor) -> torch.Tensor:
-    """As `fused.Product`."""
-    out = lent.linear(x, state["weight"], state.get("bias"))
-    return out.addmm_(x @ state["a"].T, state["b"]) if "a" in state else out
 
 
 def _turn(x_B_H_D: torch.Tensor, turn: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
