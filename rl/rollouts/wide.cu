@@ -1,12 +1,12 @@
 // The body of a kernel that does what product.cu does, from the same inputs, for layers so large that a step waits for
-// their weights. Each weight is read once, for all of 64 rows, by the one warp that wants it, straight into registers and
-// well before it does; the rows come through shared memory, a chunk of KB inputs at a time, read once by a block.
+// their weights. Each weight is read once for all of 64 rows, by the one warp that wants it, straight into registers
+// and well before it does; the rows come through shared memory, a chunk of KB inputs at a time, read once by a block.
 //
-// A block makes 16 × WN outputs (of gate and of up each, if GATED) of 64 rows: a warp a tile of 16, of each chunk the 64
-// inputs that are its own among WK warps. A's products with the rows are the block's too: its warps share them out.
+// A block makes 16 × WN outputs (of gate and of up each, if GATED) of 64 rows: a warp a tile of 16, of each chunk the
+// 64 inputs that are its own among WK warps. A's products with the rows are the block's too: its warps share them out.
 //
-// A lane's 8 neighbours are its part of two products, as there. Lines of KB + 32 numbers let 8 lanes, which are two rows,
-// read all 32 banks.
+// A lane's 8 neighbours are its part of two products, as there. Lines of KB + 32 numbers let 8 lanes, which are two
+// rows, read all 32 banks.
     constexpr int SIDES = GATED ? 2 : 1, WARPS = 8, THREADS = 32 * WARPS, WK = WARPS / WN, MT = 8, ROWS = 8 * MT;
     constexpr int STEPS = 2, KB = 32 * STEPS * WK, PIECES = KB / 8, LINE = PIECES + 4, TAKEN = ROWS * PIECES / THREADS;
     constexpr int BUFFERS = WK == 2 ? 2 : 1;  // as shared memory allows: 48 KB
@@ -49,7 +49,8 @@
                 held[d][s][side][h].fetch(weight, scales, offsets, side * outputs + begin + g + 8 * h, k, K);
         if (own(chunk, s))
 #pragma unroll
-            for (int h = 0; h < 2; h++) low_held[d][s % KEPT][h] = load(a + static_cast<size_t>(low_row + 8 * h) * K + k);
+            for (int h = 0; h < 2; h++)
+                low_held[d][s % KEPT][h] = load(a + static_cast<size_t>(low_row + 8 * h) * K + k);
     };
     const auto ask_rows = [&](int chunk) {
         if (chunk >= chunks) return;
@@ -137,9 +138,10 @@
         for (int r = 0; r < RANKS; r++)
             for (int u = 0; u < 4; u++) {
                 if (from[side] < 0) continue;
-                const T* at = b + static_cast<size_t>(from[side] + 16 * r + 4 * t + u / 2 * 2) * N + side * outputs + begin;
-                ups[side][r][u] =
-                    pair<T>(static_cast<float>(at[g + u % 2 * 8]), static_cast<float>(at[N + g + u % 2 * 8]));
+                const int first = from[side] + 16 * r + 4 * t + u / 2 * 2;
+                const int output = side * outputs + begin + g + u % 2 * 8;
+                const T* at = b + static_cast<size_t>(first) * N + output;
+                ups[side][r][u] = pair<T>(static_cast<float>(at[0]), static_cast<float>(at[N]));
             }
     const auto row = [&](int i, int j) { return 8 * (SHARE * wk + i) + 2 * t + j % 2; };
     const auto place = [&](int i, int j) {
@@ -157,7 +159,7 @@
             if (piece == 0) inverse[line + THREADS / PIECES * e] = rsqrtf(square[e] / K + EPS) / DOWN;
         }
 
-    // the warps' sums, each as its lanes hold them; a thread adds up those of every STRIDE-th, always in the same order
+    // the warps' sums, each as its lanes hold them; a thread adds up every stride-th warp's, always in the same order
     const auto share = [&](const float(&sums)[MT][4]) {
         __syncthreads();
 #pragma unroll
