@@ -1,5 +1,6 @@
 // As much of CUDA as the kernels in rl/rollouts need, on one thread of a CPU: each thread of a block is a fiber, which
-// goes on when all of its warp, or of its block, have come as far.
+// goes on when all of its warp, or of its block, have come as far. A warp runs to where its block waits before the next
+// does: what wants a __syncthreads that is not there comes out wrong.
 #include <setjmp.h>
 #include <ucontext.h>
 
@@ -44,7 +45,7 @@ constexpr size_t STACK = 1 << 17;
 struct Fiber {
     std::unique_ptr<char[]> stack{new char[STACK]};
     jmp_buf at;  // entered by ucontext, then left and gone on with by jumps, which ask nothing of the system
-    bool begun = false, done = false;
+    bool begun = false, done = false, held = false;  // held: where the block waits
 };
 inline std::vector<Fiber> fibers;
 inline jmp_buf back;
@@ -69,7 +70,11 @@ inline void wait(Barrier& barrier, unsigned size) {
     while (barrier.round == mine) pass();
 }
 
-inline void __syncthreads() { wait(whole, fibers.size()); }
+inline void __syncthreads() {
+    fibers[running].held = true;
+    wait(whole, fibers.size());
+    fibers[running].held = false;
+}
 inline void warp_wait() { wait(warps[running / 32], 32); }
 
 // what each lane of the running warp has put down for the others
@@ -138,15 +143,20 @@ inline void launch(unsigned blocks_x, unsigned blocks_y, unsigned threads, std::
             blockIdx = {x, y};
             whole = {};
             for (auto& warp : warps) warp = {};
-            for (auto& fiber : fibers) fiber.begun = fiber.done = false;
+            for (auto& fiber : fibers) fiber.begun = fiber.done = fiber.held = false;
             for (bool going = true; going;) {
                 going = false;
-                for (running = 0; running < threads; running++) {
-                    if (fibers[running].done) continue;
-                    going = true;
-                    threadIdx = {running, 0};
-                    go_on(fibers[running]);
-                }
+                for (unsigned first = 0; first < threads; first += 32)
+                    for (bool moving = true; moving;) {
+                        moving = false;
+                        for (running = first; running < first + 32; running++) {
+                            if (fibers[running].done) continue;
+                            going = true;
+                            threadIdx = {running, 0};
+                            go_on(fibers[running]);
+                            moving = moving || !(fibers[running].done || fibers[running].held);
+                        }
+                    }
             }
         }
 }

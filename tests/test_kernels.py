@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from kernels_helper import compiler, cuda_kernel
+from mlx_lm.tuner.lora import LoRALinear
 from test_families import LLAMA3, THETA, YARN, make
 from transformers import Gemma3TextConfig, LlamaConfig, Qwen2Config, Qwen3Config, SmolLM3Config
 
@@ -16,7 +17,7 @@ import rl.rollouts  # noqa: F401  binds BLAS before mlx loads
 import mlx.core as mx  # isort: skip
 import mlx.nn as nn
 
-from rl.rollouts import attention, bench, device, fused, kernels, load, parity, sync
+from rl.rollouts import attention, bench, device, fused, kernels, load, parity, sync, turns
 from rl.rollouts.engine import Engine
 from rl.rollouts.forward import prefill_last
 from rl.rollouts.result import Sampling
@@ -175,6 +176,155 @@ def test_a_block_may_make_several_tiles(tiles: int, monkeypatch: pytest.MonkeyPa
     np.testing.assert_allclose(found, expected, rtol=1e-2, atol=1e-2)
 
 
+@pytest.fixture
+def wide(monkeypatch: pytest.MonkeyPatch) -> list[int | None]:
+    """As for large layers; the list is told each choice."""
+    chosen, choose = [], kernels._wide
+    monkeypatch.setattr(kernels, "WIDE", 0)
+    monkeypatch.setattr(kernels, "_wide", lambda *a: chosen.append(choose(*a)) or chosen[-1])
+    return chosen
+
+
+def linears(inputs: int, sizes: list[int], ranks: list[int], *, bias: bool = False, bits: int = 16) -> fused.Product:
+    """Random layers of one input, with an adapter where its rank is not 0."""
+    layers = []
+    for i, (size, rank) in enumerate(zip(sizes, ranks, strict=True)):
+        layer = nn.Linear(inputs, size, bias=bias)
+        if bits < 16:
+            layer = nn.QuantizedLinear.from_linear(layer, group_size=64, bits=bits)
+        layer.set_dtype(mx.bfloat16)
+        if rank:
+            layer = LoRALinear.from_base(layer, r=rank, scale=2.0)
+            layer.lora_b = mx.random.normal((rank, size), key=mx.random.key(i)) * 0.2
+            layer.set_dtype(mx.bfloat16)
+        layers.append(layer)
+    one = fused.Product(fused.TILE)
+    one.refresh(layers)
+    return one
+
+
+def normal(*shape: int) -> mx.array:
+    return mx.random.normal(shape, key=mx.random.key(sum(shape))).astype(mx.bfloat16)
+
+
+def exact(array: mx.array) -> np.ndarray:
+    return np.array(array.astype(mx.float32), np.float64)
+
+
+def reference(
+    one: fused.Product, rows: mx.array, *, norm: nn.RMSNorm | None, gated: bool, more: mx.array | None
+) -> np.ndarray:
+    """`kernels.product` in float64."""
+    x, state = exact(rows), one.state
+    if norm is not None:
+        x = x / np.sqrt((x**2).mean(1, keepdims=True) + norm.eps) * exact(norm.weight)
+    weight = state["weight"]
+    if one.settings:
+        weight = mx.dequantize(weight, state["scales"], state["biases"], **one.settings)
+    out = x @ exact(weight).T
+    if "a" in state:
+        out += x @ exact(state["a"]).T @ exact(state["b"])
+    if "bias" in state:
+        out += exact(state["bias"])
+    if gated:
+        gate, up = np.split(out, 2, axis=1)
+        out = gate / (1 + np.exp(-gate)) * up
+    return out if more is None else out + exact(more)
+
+
+def check_wide(one: fused.Product, rows: int, *, norm: bool = False, gated: bool = False, add: bool = False) -> None:
+    """As in float64 but for rounding, and the same bits each time."""
+    own = nn.RMSNorm(one.inputs)
+    own.weight = 1 + normal(one.inputs) / 8
+    more = normal(rows, sum(one.sizes) // (2 if gated else 1)) if add else None
+    kinds = {"norm": own if norm else None, "gated": gated, "more": more}
+    x = normal(rows, one.inputs)
+    found, again = kernels.product(one, x, **kinds), kernels.product(one, x, **kinds)
+    expected = reference(one, x, **kinds)
+    assert np.abs(exact(found) - expected).max() < 0.015 * np.abs(expected).max()
+    assert mx.array_equal(found, again)
+
+
+@pytest.mark.parametrize("tiles", [4, 2])
+def test_large_layers_read_a_weight_once(
+    tiles: int, as_on_cuda: None, wide: list[int | None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of any number of rows, and of several chunks of inputs. Traps: a block of few rows takes those of another;
+    a chunk is read where the next one lies already; the last of an odd number of chunks is left out."""
+    monkeypatch.setattr(kernels, "WIDE_BLOCKS", 1)
+    one = linears(3 * 64 * 8 // tiles, [16 * tiles, 32 * tiles], [0, 0], bias=True)
+    for rows in (1, 9, 64, 71):
+        check_wide(one, rows, add=True)
+    assert set(wide) == {tiles}
+
+
+@pytest.mark.parametrize("tiles", [4, 2])
+@pytest.mark.parametrize(("norm", "ranks"), [(True, [20, 0, 4]), (False, [4, 16, 0])], ids=["rank 20", "rank 16"])
+def test_large_layers_share_out_their_adapters(
+    tiles: int, norm: bool, ranks: list[int], as_on_cuda: None, wide: list[int | None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ranks that fill no tile, layers without an adapter beside others. Traps: warps that take turns at A leave a step
+    out, or take it twice; squares of a row from lanes that had another."""
+    monkeypatch.setattr(kernels, "WIDE_BLOCKS", 1)
+    one = linears(3 * 64 * 8 // tiles, [16 * tiles] * 3, ranks)
+    for rows in (9, 64):
+        check_wide(one, rows, norm=norm)
+    assert set(wide) == {tiles}
+
+
+@pytest.mark.parametrize("tiles", [4, 2])
+@pytest.mark.parametrize("ranks", [[12, 4], [0, 12], [12, 0], [20, 20]], ids=str)
+def test_large_layers_gate_inside(
+    tiles: int, ranks: list[int], as_on_cuda: None, wide: list[int | None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Adapters on both sides or on one. Trap: up's product taken with gate's adapter."""
+    monkeypatch.setattr(kernels, "WIDE_BLOCKS", 1)
+    one = linears(64 * 8 // tiles, [16 * tiles] * 2, ranks)
+    check_wide(one, 71, norm=True, gated=True)
+    assert set(wide) == {None if tiles == 2 and ranks == [20, 20] else tiles}
+
+
+@pytest.mark.parametrize(("tiles", "bits"), [(4, 4), (2, 8)])
+def test_large_layers_open_their_codes(
+    tiles: int, bits: int, as_on_cuda: None, wide: list[int | None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Trap: codes are asked for a chunk before they are opened, by then with the next chunk's scale."""
+    monkeypatch.setattr(kernels, "WIDE_BLOCKS", 1)
+    one = linears(2 * 64 * 8 // tiles, [16 * tiles] * 2, [4, 0], bits=bits)
+    check_wide(one, 9, norm=True, gated=True)
+    check_wide(one, 9, add=True)
+    assert set(wide) == {tiles}
+
+
+def test_which_layers_are_large() -> None:
+    """A small model's stay with product.cu, and so does what fills no block."""
+
+    def choice(inputs: int, sizes: list[int], rank: int = 0, *, gated: bool = False) -> int | None:
+        one = fused.Product(fused.TILE)
+        one.sizes, one.state = sizes, {"weight": mx.zeros((sum(sizes), inputs), mx.bfloat16)}
+        return kernels._wide(one, sum(sizes) // (2 if gated else 1), 2 if gated else 1, rank // fused.TILE)
+
+    assert choice(576, [1536, 1536], gated=True) is None
+    assert choice(2048, [2048, 2048, 2048]) == 4
+    assert choice(2048, [8192, 8192], 32, gated=True) == 4
+    assert choice(2048, [2048]) == choice(8192, [2048], 32) == 2
+    assert choice(2048, [2048, 2048], 32, gated=True) is None
+    assert choice(2048, [8192, 8208]) is None
+    assert choice(2048 + 64, [8192]) is None
+
+
+def test_a_model_of_large_layers_decodes_as_by_operations(
+    tmp_path: Path, as_on_cuda: None, wide: list[int | None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every product of it, with adapters on some."""
+    monkeypatch.setattr(kernels, "WIDE_BLOCKS", 1)
+    config = LlamaConfig(**SMALL | {"hidden_size": 128, "intermediate_size": 256}, rope_parameters=THETA)
+    model = sampler(tmp_path, config)
+    adapters(model, 4, ("q_proj", "o_proj", "up_proj", "down_proj"))
+    same_but_for_rounding(model, monkeypatch)
+    assert set(wide) == {4}
+
+
 def test_a_kernel_that_is_wrong_is_not_used(
     tmp_path: Path, as_on_cuda: None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -219,7 +369,7 @@ def test_a_layer_takes_five(tmp_path: Path, as_on_cuda: None, monkeypatch: pytes
     """Whatever adapters it has."""
     model = sampler(tmp_path, FAMILIES["llama"])
     prefill_last(model, [[1]])
-    kernels.reach(model, 8)
+    turns.reach(model, 8)
     assert kernels.usable(model)
     count = []
     for name in ("product", "attend"):

@@ -26,7 +26,7 @@ from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaLis
 
 from rl.device import total_memory_bytes
 from rl.errors import RunFailed
-from rl.rollouts import cache, device, kernels
+from rl.rollouts import cache, device, turns
 from rl.rollouts.engine import Engine, decode_step
 from rl.rollouts.forward import prefill_last
 from rl.rollouts.load import load_sampler
@@ -244,7 +244,7 @@ def launches(model: Any, rows: int) -> int:
     most = 8
     layout = cache.Joined(most)
     _, fresh = prefill_last(model, [[0, 0]])
-    kernels.reach(model, most)
+    turns.reach(model, most)
     every = np.arange(rows)
     layout.place(every, np.zeros(rows, np.int64), fresh, [], rows)
     step = decode_step(model, layout.__class__, None)

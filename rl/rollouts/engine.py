@@ -13,7 +13,7 @@ import mlx.core as mx
 import numpy as np
 
 from rl.errors import UserError
-from rl.rollouts import attention, cache, device, fused, kernels, torch_step
+from rl.rollouts import attention, cache, device, fused, kernels, torch_step, turns
 from rl.rollouts.forward import head, hidden_states, prefill, prefill_last
 from rl.rollouts.result import Completion, Sampling, Totals
 from rl.rollouts.sampling import sample, uniforms_for
@@ -217,7 +217,7 @@ class _Pool:
         self.born = np.zeros(0, np.int64)
         self.now = 0
         self.heard: Callable[[_Pool], None] = lambda pool: None
-        kernels.reach(engine.model, max(map(len, prompts)) + max_tokens + 1)
+        turns.reach(engine.model, max(map(len, prompts)) + max_tokens + 1)
         distinct = sorted(set(prompts))
         self.shared = common_prefix(distinct) if len(distinct) > 1 else 0
         self.common = prefill(engine.model, [distinct[0][: self.shared]])[1] if self.shared else None

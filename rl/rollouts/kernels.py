@@ -3,7 +3,8 @@
 An operation costs the host 6 µs there and a product, which is cuBLAS's to plan, 35, whatever its size; a layer with
 LoRA takes 21 operations, 12 of them products. Here it takes five: queries, keys and values with their norm before;
 attention with RoPE and the new key and value (attend.cu); its output's product and the sum with what went in; gate and
-up with norm and SiLU; down and the sum (product.cu). Adapters, biases and 4- or 8-bit codes are read inside.
+up with norm and SiLU; down and the sum (product.cu; wide.cu for large layers). Adapters, biases and 4- or 8-bit codes
+are read inside.
 
 No test machine has CUDA: the tests run the same sources on a CPU (tests/cuda_on_cpu.hpp), and here they are tried on
 numbers, against the operations that they replace, before they are used; where they fail, or do not know the model, the
@@ -20,15 +21,17 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from rl.rollouts import attention, device, fused
+from rl.rollouts import attention, device, fused, turns
 from rl.rollouts.fused import TILE
 
 log = logging.getLogger(__name__)
 
 WARPS = 8  # of a block
-ROWS = 32  # of a block
+ROWS = 32  # of a block of product.cu
+WIDE_ROWS = 64  # of a block of wide.cu
+WIDE = 2_000_000  # weights from which on a product waits for them rather than for its launch
+WIDE_BLOCKS = 64  # that draw on a GPU's memory as fast as it gives, or nearly
 SUMS = 8  # tiles whose sums fit a thread's registers
-LEAST_POSITIONS = 512
 BLOCKS = 120  # that keep an H100's 132 processors busy
 FOLDER = Path(__file__).parent
 TOLERANCE = {mx.float16: 1e-2, mx.bfloat16: 8e-2}  # of the largest number: some roundings; a mistake is as large as it
@@ -52,9 +55,9 @@ def hidden_states(
     """
     inner, products = model.model, fused.of(model)
     x = inner.embed_tokens(token_B)
-    turns = [table[position_B] for table in products.turns]
+    tables = [table[position_B] for table in products.turns]
     for i, layer in enumerate(inner.layers):
-        own, module, turn = products.layers[i], layer.self_attn, turns[products.turn_of[i]]
+        own, module, turn = products.layers[i], layer.self_attn, tables[products.turn_of[i]]
         qkv = product(own.qkv, x, norm=layer.input_layernorm)
         middle = product(own.o, attend(module, qkv, turn, keys[i], values[i], seen[i], column), more=x)
         x = product(
@@ -76,34 +79,48 @@ def product(
     state, none = one.state, rows_M_K
     sides, ranks = 2 if gated else 1, one.rank // TILE
     outputs = sum(one.sizes) // sides
-    tiles = _tiles(one.sizes, outputs, sides, ranks, -(-rows_M_K.shape[0] // ROWS))
+    wide = _wide(one, outputs, sides, ranks)
+    blocks = -(-rows_M_K.shape[0] // (WIDE_ROWS if wide else ROWS))
+    tiles = wide or _tiles(one.sizes, outputs, sides, ranks, blocks)
+    shape = [("WN", tiles)] if wide else [("NT", tiles), ("MT", ROWS // 8), ("WARPS", WARPS)]
     inputs = {
         "rows": rows_M_K,
         "offsets": state.get("biases", none),
         "gamma": none if norm is None else norm.weight,
         "more": more if more is not None else none,
     }
-    (out,) = _product(None if norm is None else float(norm.eps))(
+    (out,) = _product("wide" if wide else "product", None if norm is None else float(norm.eps))(
         inputs=[inputs[name] if name in inputs else state.get(name, none) for name in INPUTS],
         template=[
             ("T", rows_M_K.dtype),
             ("BITS", one.settings.get("bits", 16)),
             ("GROUP", one.settings.get("group_size", 1)),
-            ("NT", tiles),
-            ("MT", ROWS // 8),
-            ("WARPS", WARPS),
+            *shape,
             ("RANKS", ranks),
             ("NORM", norm is not None),
             ("GATED", gated),
             ("BIAS", "bias" in state),
             ("ADD", more is not None),
         ],
-        grid=(outputs // TILE // tiles * 32 * WARPS, -(-rows_M_K.shape[0] // ROWS), 1),
+        grid=(outputs // TILE // tiles * 32 * WARPS, blocks, 1),
         threadgroup=(32 * WARPS, 1, 1),
         output_shapes=[(rows_M_K.shape[0], outputs)],
         output_dtypes=[rows_M_K.dtype],
     )
     return out
+
+
+def _wide(one: fused.Product, outputs: int, sides: int, ranks: int) -> int | None:
+    """Tiles of outputs that a block of wide.cu makes, as many as leave enough blocks; None if the layer is not large,
+    or none of its kind: a block lies in one layer, takes whole chunks of inputs and has a warp for each of A's tiles.
+    """
+    if one.inputs * sum(one.sizes) < WIDE:
+        return None
+    for tiles in (4, 2):
+        fits = one.inputs % (64 * (WARPS // tiles)) == 0 and all(size % (TILE * tiles) == 0 for size in one.sizes)
+        if fits and sides * ranks <= tiles and (tiles == 2 or outputs // (TILE * tiles) >= WIDE_BLOCKS):
+            return tiles
+    return None
 
 
 def _tiles(sizes: Sequence[int], outputs: int, sides: int, ranks: int, blocks: int) -> int:
@@ -118,21 +135,21 @@ def _tiles(sizes: Sequence[int], outputs: int, sides: int, ranks: int, blocks: i
 def attend(
     module: nn.Module,
     qkv: mx.array,
-    turns: mx.array,
+    turn_B_D: mx.array,
     keys: mx.array,
     values: mx.array,
     seen_B_1_K: mx.array,
     column: mx.array,
 ) -> mx.array:
     """(B, heads × D) of the queries, keys and values (B, (heads + 2 kv_heads) × D) that attention's product gave;
-    `turns` (B, D) float32, cosines and sines of each row's position, the rest as in `hidden_states`."""
+    `turn_B_D` float32, cosines and sines of each row's position, the rest as in `hidden_states`."""
     normed, width = "q_norm" in module, keys.shape[3]
     repeats = module.n_heads // module.n_kv_heads
     together = next(n for n in (4, 3, 2, 1) if repeats % n == 0)
     (out,) = _attend(float(module.scale), float(module.q_norm.eps) if normed else None)(
         inputs=[
             qkv,
-            turns,
+            turn_B_D,
             module.q_norm.weight if normed else qkv,
             module.k_norm.weight if normed else qkv,
             keys,
@@ -157,37 +174,9 @@ def attend(
     return out
 
 
-def reach(model: Any, positions: int) -> None:
-    """Know the cosines and sines of so many positions, where kernels may want them."""
-    products = fused.of(model)
-    wanted = products is not None and (device.takes_own_kernels() or device.torch_is_faster())
-    if not wanted or (products.turns and len(products.turns[0]) >= positions):
-        return
-    length = max(LEAST_POSITIONS, 1 << (positions - 1).bit_length())
-    modules = [layer.self_attn for layer in model.model.layers]
-    keys = [np.array(_turns(module, 16)).tobytes() for module in modules]
-    kinds = list(dict.fromkeys(keys))
-    products.turn_of = [kinds.index(key) for key in keys]
-    products.turns[:] = [_turns(modules[keys.index(kind)], length) for kind in kinds]
-    mx.eval(products.turns)
-
-
-def _turns(module: nn.Module, length: int) -> mx.array:
-    """(length, D) float32: RoPE's cosine for each of D / 2 pairs, then its sines, each times RoPE's own scale: what it
-    makes of ones and zeros. As of one long row: one broadcast to many positions came out wrong on an H100 (0.32.4)."""
-    half = _head_size(module) // 2
-    unit = mx.concatenate([mx.ones((1, 1, length, half)), mx.zeros((1, 1, length, half))], axis=-1)
-    return mx.contiguous(module.rope(unit)[0, 0])
-
-
-def _head_size(module: nn.Module) -> int:
-    base = module.q_proj.linear if "lora_a" in module.q_proj else module.q_proj
-    return base.weight.shape[0] // module.n_heads
-
-
 @cache
-def _product(eps: float | None) -> Callable[..., list[mx.array]]:
-    return device.cuda_kernel("product", INPUTS, _read("product.cu"), _header(EPS=eps), contiguous=True)
+def _product(name: str, eps: float | None) -> Callable[..., list[mx.array]]:
+    return device.cuda_kernel(name, INPUTS, _read(f"{name}.cu"), _header(EPS=eps), contiguous=True)
 
 
 @cache
@@ -227,7 +216,7 @@ def _knows(model: Any) -> bool:
     attention = [layer.self_attn for layer in inner.layers]
     if any(getattr(module.rope, "traditional", False) for module in attention):
         return False
-    if not all(_head_size(module) in (32, 64, 128, 256) for module in attention):
+    if not all(turns.head_size(module) in (32, 64, 128, 256) for module in attention):
         return False
     return all(_fits(one, dtype) for layer in fused.of(model).layers for one in layer.every)
 
@@ -268,15 +257,15 @@ def _apart(found: mx.array, expected: mx.array) -> float:
 def _trial(model: Any) -> dict[str, tuple[mx.array, mx.array]]:
     """What each kernel gives, and what the operations give."""
     layer, own, dtype = model.model.layers[0], fused.of(model).layers[0], model.model.norm.weight.dtype
-    module, rows, columns, at = layer.self_attn, 5, 24, 13
-    size, heads, kv_heads = _head_size(module), module.n_heads, module.n_kv_heads
+    module, rows, many, columns, at = layer.self_attn, 5, WIDE_ROWS + 7, 24, 13
+    size, heads, kv_heads = turns.head_size(module), module.n_heads, module.n_kv_heads
 
     def normal(*shape: int) -> mx.array:
         return mx.random.normal(shape, key=mx.random.key(sum(shape))).astype(dtype)
 
     qkv, o, gate_up, down = (_shaken(one, normal) for one in own.every)
     x, attended, between = (
-        normal(rows, width) for width in (layer.input_layernorm.weight.size, heads * size, down.inputs)
+        normal(many, width) for width in (layer.input_layernorm.weight.size, heads * size, down.inputs)
     )
     gate, up = mx.split(gate_up(layer.post_attention_layernorm(x)), 2, axis=-1)
     position_B = mx.array([0, 5, 40, 300, 1000], mx.int32)
@@ -293,7 +282,7 @@ def _trial(model: Any) -> dict[str, tuple[mx.array, mx.array]]:
     all_values = mx.concatenate([values[:, :, :at], value, values[:, :, at + 1 :]], axis=2)
     expected = attention.plain(queries, all_keys, all_values, module.scale, seen).reshape(rows, -1)
     mx.eval(expected, all_keys, all_values, keys, values)  # before the kernel writes into two of them
-    found = attend(module, given, _turns(module, 1001)[position_B], keys, values, seen, mx.array(at, mx.int32))
+    found = attend(module, given, turns.table(module, 1001)[position_B], keys, values, seen, mx.array(at, mx.int32))
     mx.eval(found)
     return {
         "queries, keys and values": (product(qkv, x, norm=layer.input_layernorm), qkv(layer.input_layernorm(x))),

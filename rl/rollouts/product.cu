@@ -82,20 +82,20 @@
         }
 #pragma unroll
         for (int o = 0; o < ALL; o++) {
-            Eight low{0, 0, 0, 0}, high{0, 0, 0, 0};  // rows g and g + 8 of the tile
-            const size_t row = tile[o] + g;
-            if (o < OUT) {
-                low = eight<T, BITS, GROUP>(weight, scales, offsets, row, k, K);
-                high = eight<T, BITS, GROUP>(weight, scales, offsets, row + 8, k, K);
-            } else if (tile[o] >= 0) {
-                low = load(a + row * K + k);
-                high = load(a + (row + 8) * K + k);
+            Eight w[2] = {};  // rows g and g + 8 of the tile
+            for (int h = 0; h < 2; h++) {
+                const size_t row = tile[o] + g + 8 * h;
+                if (o < OUT) {
+                    Held<T, BITS, GROUP> held;
+                    held.fetch(weight, scales, offsets, row, k, K);
+                    w[h] = held.open();
+                } else if (tile[o] >= 0) {
+                    w[h] = load(a + row * K + k);
+                }
             }
 #pragma unroll
             for (int i = 0; i < MT; i++) {
-                if (8 * i >= count) continue;
-                multiply<T>(sums[o][i], low.x, high.x, low.y, high.y, x[i].x, x[i].y);
-                multiply<T>(sums[o][i], low.z, high.z, low.w, high.w, x[i].z, x[i].w);
+                if (8 * i < count) accumulate<T>(sums[o][i], w, x[i]);
             }
         }
     }

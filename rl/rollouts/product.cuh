@@ -1,4 +1,4 @@
-// What product.cu is made of: 8 numbers at a time, and the tensor cores' product.
+// What product.cu and wide.cu are made of: 8 numbers at a time, and the tensor cores' product.
 struct alignas(16) Eight {
     unsigned x, y, z, w;  // pairs of T, the first of each in the lower half
 };
@@ -33,26 +33,43 @@ __device__ inline void spread(Eight from, float (&x)[8]) {
     for (int j = 0; j < 8; j++) x[j] = static_cast<float>(own[j]);
 }
 
-// Weights k … k + 7 of a row.
+// Weights k … k + 7 of a row, as MLX packs and scales codes of them: the lowest bits of a word are its first code. What
+// `fetch` has asked for may still be under way until `open` wants it.
 template <typename T, int BITS, int GROUP>
-__device__ inline Eight eight(const T* weight, const T*, const T*, size_t row, int k, int K) {
-    return load(weight + row * K + k);
-}
+struct Held {
+    struct alignas(BITS) Codes {
+        unsigned words[BITS / 4];
+    } codes;
+    T scale, offset;
 
-// The same of codes, as MLX packs and scales them: the lowest bits of a word are its first code.
-template <typename T, int BITS, int GROUP>
-__device__ inline Eight eight(const unsigned* codes, const T* scales, const T* offsets, size_t row, int k, int K) {
-    constexpr int WORD = 32 / BITS;
-    const size_t at = row * (K / GROUP) + k / GROUP;
-    const float scale = static_cast<float>(scales[at]), offset = static_cast<float>(offsets[at]);
-    const unsigned* from = codes + row * (K / WORD) + k / WORD;
-    float x[8];
-    for (int j = 0; j < 8; j++) {
-        const unsigned code = (from[j / WORD] >> (BITS * (j % WORD))) & ((1u << BITS) - 1);
-        x[j] = scale * static_cast<float>(code) + offset;
+    __device__ inline void fetch(const unsigned* from, const T* scales, const T* offsets, size_t row, int k, int K) {
+        const size_t at = row * (K / GROUP) + k / GROUP;
+        scale = scales[at];
+        offset = offsets[at];
+        codes = *reinterpret_cast<const Codes*>(from + (row * K + k) / (32 / BITS));
     }
-    return joined<T>(x);
-}
+    __device__ inline Eight open() const {
+        constexpr int WORD = 32 / BITS;
+        const float times = static_cast<float>(scale), plus = static_cast<float>(offset);
+        float x[8];
+        for (int j = 0; j < 8; j++) {
+            const unsigned code = (codes.words[j / WORD] >> (BITS * (j % WORD))) & ((1u << BITS) - 1);
+            x[j] = times * static_cast<float>(code) + plus;
+        }
+        return joined<T>(x);
+    }
+};
+
+// The same of weights as they are.
+template <typename T, int GROUP>
+struct Held<T, 16, GROUP> {
+    Eight all;
+
+    __device__ inline void fetch(const T* from, const T*, const T*, size_t row, int k, int K) {
+        all = load(from + row * K + k);
+    }
+    __device__ inline Eight open() const { return all; }
+};
 
 // sums (16 × 8 over a warp) += weights (16 × 16) × inputs (16 × 8)
 template <typename T>
@@ -73,3 +90,10 @@ MULTIPLY(__half, "f16")
 MULTIPLY(__nv_bfloat16, "bf16")
 #undef MULTIPLY
 #endif
+
+// The same of 8 neighbours a lane, of rows g and g + 8 of the weights.
+template <typename T>
+__device__ inline void accumulate(float (&sums)[4], const Eight (&w)[2], Eight x) {
+    multiply<T>(sums, w[0].x, w[1].x, w[0].y, w[1].y, x.x, x.y);
+    multiply<T>(sums, w[0].z, w[1].z, w[0].w, w[1].w, x.z, x.w);
+}
