@@ -297,10 +297,8 @@ def setting(folder: Path) -> bench_rollouts.Setting:
 
 def test_contestants_agree_before_timing(sides: tuple[Any, Any], tiny_base: models.Base, tmp_path: Path) -> None:
     policy, model = sides
-    found, absent = bench_rollouts.agree(
-        *(subject(tiny_base), setting(tmp_path), policy, policy, model, contestants.batch_here(model)),
-        policy.config.vocab_size,
-    )
+    given = (subject(tiny_base), setting(tmp_path), policy, policy, model, contestants.batch_here(model))
+    found, absent = bench_rollouts.agree(*given, policy.config.vocab_size)
     assert [a.contestant for a in found] == [ENGINE, BATCH, HF, PAGED]
     assert absent == {}
     assert all(a.regret < 1e-5 and a.tokens == 8 * 16 for a in found)
@@ -317,17 +315,6 @@ def test_a_contestant_with_other_weights_is_not_timed(
     given = (subject(tiny_base), setting(tmp_path), policy, policy, other, contestants.batch_here(other))
     with pytest.raises(RunFailed, match=f"{ENGINE} is not the same policy"):
         bench_rollouts.agree(*given, policy.config.vocab_size)
-
-
-def test_apart_the_same_model_gives_the_same_in_another_process(sides: tuple[Any, Any], tiny_base: models.Base) -> None:
-    prompts, limits = [[2, 3, 4, 5]] * 2, [9, 4]
-    here, apart = contestants.batch_here(sides[1]), contestants.batch_apart(tiny_base.path, "float32")
-    (done, _), (again, seconds) = (run(prompts, limits, temperature=0.0) for run in (here, apart))
-    assert [c.tokens for c in done] == [c.tokens for c in again]
-    assert [len(c.tokens) for c in again] == limits
-    assert 0 < seconds < 60
-    with pytest.raises(TypeError, match="heat"):
-        apart(prompts, limits, heat=1.0)
 
 
 def test_judge_sees_a_token_that_is_not_the_best(sides: tuple[Any, Any]) -> None:

@@ -114,10 +114,9 @@ def test_other_models_go_the_other_way(tmp_path: Path, calls: list[int]) -> None
 @pytest.mark.skipif(sys.platform != "linux", reason="counts the threads in /proc, of a BLAS that Linux shares")
 def test_mlx_asks_for_no_workers_of_its_own(tmp_path: Path) -> None:
     """Trap: one small product of MLX's halves the speed of all that torch computes after it."""
-    env = {**os.environ, "OMP_NUM_THREADS": "2"}
-    done = subprocess.run(
-        [sys.executable, "-c", COUNT, str(tmp_path)], cwd=Path(__file__).parent, env=env, capture_output=True, text=True
-    )
+    here = Path(__file__).parent
+    env = {**os.environ, "OMP_NUM_THREADS": "2", "PYTHONPATH": os.pathsep.join((str(here.parent), str(here)))}
+    done = subprocess.run([sys.executable, "-c", COUNT, str(tmp_path)], env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     before, after, product = map(int, done.stdout.split()[-3:])
     if product == before:
