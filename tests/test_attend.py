@@ -187,17 +187,17 @@ def test_a_window_sees_the_end_of_the_prompt(at: int, monkeypatch: pytest.Monkey
     of the block sees given to all; a ring read on where it ends."""
     block(monkeypatch, 8)
     given = batch([0] * 8, at=at)
-    given.spans[:, 2] = [0, 3, 30, 38, 0, 17, 40, 40]
-    given.spans[:, 3] = 40
+    given.spans[:, 2] = [30, 3, 0, 38, 0, 17, 40, 40]
+    given.spans[:, 3] = [33, 40, 12, 40, 5, 40, 40, 40]
     given.spans[:, 4] = [1, 24, 23, 20, 2, 16, 17, 5]
     check(given)
 
 
 def test_an_idle_row_reads_its_own_token_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of whatever prompt. Trap: its empty stretch widens that of the others."""
+    """Of whatever prompt. Trap: where it comes first, the others' keys are as few as its own."""
     block(monkeypatch, 4)
     given = batch([0, 0, 1, 1, 0, 1])
-    given.spans[[1, 2, 4], 2:] = 0, 0, 1
+    given.spans[[0, 2, 4], 2:] = 0, 0, 1
     check(given)
 
 
@@ -222,7 +222,8 @@ def test_what_is_no_number_stays_with_its_row(monkeypatch: pytest.MonkeyPatch) -
 
 def test_which_blocks_a_gpu_is_given() -> None:
     """Enough to keep it busy, of as many rows as share a product."""
-    assert kernels._shares(64, 32, 1, 64)[0] == 8
-    assert kernels._shares(16, 32, 1, 64)[0] == 4
-    assert kernels._shares(64, 3, 3, 64)[0] == kernels._shares(64, 2, 8, 128)[0] == 1
+    assert kernels._shares(64, 32, 1, 64) == (8, 1, 8)
+    assert kernels._shares(16, 32, 1, 64) == (4, 2, 8)
+    assert kernels._shares(64, 3, 3, 64) == kernels._shares(64, 2, 8, 128) == (1, 1, 8)
+    assert kernels._shares(16, 3, 3, 64) == (1, 2, 8)
     assert [kernels._together(n) for n in (1, 3, 4, 7, 8, 12)] == [1, 3, 4, 7, 8, 6]

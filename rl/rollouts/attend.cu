@@ -67,13 +67,11 @@
     int its_group[SETS], its_first[SETS], its_end[SETS], its_back[SETS];  // of the row of query g, and of query g + 8
 #pragma unroll
     for (int s = 0; s < SETS; s++) {
-        const int its = (8 * s + g) / QUERIES;
-        const bool there = 8 * s + g < COLUMNS;
+        const int its = (8 * s + g) / QUERIES;  // of a column that is no query whatever comes: it is not written
         its_group[s] = __shfl_sync(ALL, group, its % ROWS);
         its_first[s] = __shfl_sync(ALL, first, its % ROWS);
         its_end[s] = __shfl_sync(ALL, end, its % ROWS);
         its_back[s] = __shfl_sync(ALL, back, its % ROWS);
-        if (!there) its_end[s] = its_back[s] = 0;
     }
 
     // of the piece that is asked for: its first key, the one behind its last, and what each query sees of it

@@ -32,7 +32,8 @@ WIDE_ROWS = 64  # of a block of wide.cu
 WIDE = 2_000_000  # weights from which on a product waits for them rather than for its launch
 WIDE_BLOCKS = 64  # that draw on a GPU's memory as fast as it gives, or nearly
 SUMS = 8  # tiles whose sums fit a thread's registers
-BLOCKS = 120  # that keep an H100's 132 processors busy
+PROCESSORS = 132  # of an H100
+BLOCKS = 120  # that keep them busy
 FOLDER = Path(__file__).parent
 TOLERANCE = {mx.float16: 1e-2, mx.bfloat16: 8e-2}  # of the largest number: some roundings; a mistake is as large as it
 INPUTS = ("rows", "weight", "scales", "offsets", "gamma", "a", "b", "where", "bias", "more")
@@ -188,10 +189,11 @@ def _shares(rows: int, heads: int, together: int, width: int) -> tuple[int, int,
     """Rows of a block of attend.cu, pieces of 16 keys that a warp asks for at once, and warps; `heads` blocks a row.
 
     As many rows, which read their prompt once, as leave enough blocks, and no more than 8 queries, the width of the
-    tensor cores' product; few registers, so that two blocks share a processor.
+    tensor cores' product; few registers where two blocks share a processor.
     """
     shares = next((n for n in (8, 4, 2) if n * together <= 8 and -(-rows // n) * heads >= BLOCKS), 1)
-    return shares, 2 if width < 64 else 1, WARPS
+    alone = -(-rows // shares) * heads <= PROCESSORS
+    return shares, 2 if width < 64 or (width == 64 and alone) else 1, WARPS
 
 
 @cache
