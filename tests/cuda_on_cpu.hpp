@@ -4,6 +4,7 @@
 #include <setjmp.h>
 #include <ucontext.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -13,7 +14,8 @@
 
 #define __device__
 #define __shared__ static
-using std::memcpy;
+#define alignas(bytes)  // MLX's arrays on a CPU begin 8 bytes behind a multiple of 16
+using std::max, std::memcpy, std::min;
 
 struct __nv_bfloat16 {
     uint16_t bits;
@@ -78,13 +80,32 @@ inline void __syncthreads() {
 inline void warp_wait() { wait(warps[running / 32], 32); }
 
 // what each lane of the running warp has put down for the others
-inline float floats[32][32];
-inline float __shfl_xor_sync(unsigned, float x, int other) {
-    const unsigned warp = running / 32, lane = running % 32;
-    floats[warp][lane] = x;
+inline uint32_t words[32][32];
+template <typename X>
+inline X __shfl_sync(unsigned, X x, int other) {
+    static_assert(sizeof(X) == 4);
+    uint32_t* own = words[running / 32];
+    memcpy(&own[running % 32], &x, 4);
     warp_wait();
-    const float found = floats[warp][lane ^ other];
+    memcpy(&x, &own[other & 31], 4);
     warp_wait();
+    return x;
+}
+inline float __shfl_xor_sync(unsigned all, float x, int other) { return __shfl_sync(all, x, running % 32 ^ other); }
+inline unsigned __ballot_sync(unsigned, bool x) {
+    const uint32_t* own = words[running / 32];
+    words[running / 32][running % 32] = x;
+    warp_wait();
+    unsigned found = 0;
+    for (int lane = 0; lane < 32; lane++) found |= own[lane] << lane;
+    warp_wait();
+    return found;
+}
+inline int __popc(unsigned x) { return __builtin_popcount(x); }
+inline unsigned __byte_perm(unsigned low, unsigned high, unsigned which) {
+    const uint64_t both = uint64_t{high} << 32 | low;
+    unsigned found = 0;
+    for (int i = 0; i < 4; i++) found |= (both >> 8 * (which >> 4 * i & 7) & 0xff) << 8 * i;
     return found;
 }
 

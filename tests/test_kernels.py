@@ -334,7 +334,7 @@ def test_a_kernel_that_is_wrong_is_not_used(
     monkeypatch.setattr(kernels, "attend", lambda *inputs: 1.1 * right(*inputs))
     assert Engine(model, [60], grouped=False, compiled=False).generate([[3]], Sampling(), max_tokens=2)[0].finite
     assert not kernels.usable(model)
-    assert "attention by 1.0e-01" in caplog.text
+    assert "attention of 5 rows by 1.0e-01" in caplog.text
 
     def fails(*_: Any, **__: Any) -> mx.array:
         raise RuntimeError("no such device")

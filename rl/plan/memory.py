@@ -30,7 +30,7 @@ PREFILL_TOKENS = 16_384  # rl.rollouts.forward.PREFILL_TOKENS
 RING_STEP = 64  # rl.rollouts.cache.RING_STEP
 # With CUDA MLX holds what its kernels read until they are done, and the engine waits for none of 8 steps between two
 # looks: keys took six times their own size on an H100 (135M) and five times (600M). 16-bit models write them in place
-# (rl/rollouts/kernels.py) where the kernels know them, which no plan can tell
+# and hold a prompt once (rl/rollouts/parted.py) where the kernels know them, which no plan can tell
 UNDER_WAY = 6
 MARGIN = 0.05
 HELD = ("trainer weights", "adapter", "reference copy", "value model", "reward models", "optimizer states", "gradients")

@@ -26,7 +26,7 @@ from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaLis
 
 from rl.device import total_memory_bytes
 from rl.errors import RunFailed
-from rl.rollouts import cache, device, turns
+from rl.rollouts import device, parted, turns
 from rl.rollouts.engine import Engine, decode_step
 from rl.rollouts.forward import prefill_last
 from rl.rollouts.load import load_sampler
@@ -242,19 +242,18 @@ def launches(model: Any, rows: int) -> int:
     """Operations of one decode step of `rows` rows of one prompt in MLX's graph, views not counted; sampling not
     included, nor what compiling the step would fuse."""
     most = 8
-    layout = cache.Joined(most)
     _, fresh = prefill_last(model, [[0, 0]])
+    layout = parted.layout_of(model, grouped=False)(most)
     turns.reach(model, most)
     every = np.arange(rows)
     layout.place(every, np.zeros(rows, np.int64), fresh, [], rows)
     step = decode_step(model, layout.__class__, None)
     arrays, zeros = layout.arrays(), mx.zeros((rows,), mx.int32)
-    mx.eval(arrays)
-    seen = mx.ones((rows, 1, layout.width + 1), mx.bool_)
+    windows, now_1 = dict.fromkeys(model.args.windows), np.zeros(1, np.int64)
+    seen = [a[0] for a in layout.seen(windows, np.full(rows, 2), np.zeros((1, rows), np.int64), now_1, 1)]
+    mx.eval(arrays, seen)
     with device.mlx_alone():
-        logits, own = step(
-            zeros, zeros + 2, [seen] * len(set(model.args.windows)), mx.array(layout.width), None, arrays
-        )
+        logits, own = step(zeros, zeros + 2, seen, mx.array(layout.width if layout.joined else 0), None, arrays)
     graph = io.StringIO()
     mx.export_to_dot(graph, logits, own)
     names = re.findall(r'\[label ?= ?"(\w+)", shape=rectangle\]', graph.getvalue())

@@ -4,11 +4,12 @@ All rows write the same column of the ring, number `now % max_tokens`; a row tha
 back (`born` is the step at which its first drawn token was written). So rows come and go without moving anybody's keys,
 no row is padded, and all shapes stay as they are. Positions, for RoPE and for windows, are counted and not stored.
 
-Two layouts of the same thing:
+Three layouts of the same thing:
 - `Grouped` holds each prompt once for all its completions, and their queries meet its keys in one product. Fewer and
   larger products, and a G-th of the memory: for backends where a product costs more than launching it (CPU).
 - `Joined` holds prompt and ring of each row in one array for one fused attention a layer: for backends where launches
   are the floor (GPUs).
+- `parted.Parted` holds each prompt once where the kernels of rl/rollouts/kernels.py attend (CUDA).
 """
 
 from collections.abc import Iterable
@@ -40,7 +41,7 @@ class Grouped:
     In torch's memory, and attention by torch (rl/rollouts/lent.py says why): a drawn token is written in place.
     """
 
-    joined = False
+    joined, once = False, True  # whether prompt and ring are one array; whether a prompt is held once for its rows
 
     def __init__(self, max_tokens: int) -> None:
         self.prompt: tuple[Tensors, Tensors] = ([], [])
@@ -48,7 +49,7 @@ class Grouped:
         self.group = np.zeros(0, np.int64)  # group of each row
         self.slots: tuple[torch.Tensor | None, torch.Tensor | None] | None = None  # of these rows, once asked for
         self.width = 0
-        self.ring = min(RING_STEP, max_tokens)
+        self.ring, self.period = min(RING_STEP, max_tokens), max_tokens
 
     def held(self) -> set[int]:
         """Groups whose prompt is still there."""
@@ -101,6 +102,10 @@ class Grouped:
             self.ring = ring
             for part in self.own:
                 part[:] = [_wider(tensor, ring) for tensor in part]
+
+    def seen(self, windows: Iterable[int | None], *told: Any) -> list[mx.array]:
+        """What each row's coming token sees, for each window: `masks`, told lengths, ages, steps and columns in use."""
+        return masks(windows, *told, self.width, self.period)
 
     def arrays(self) -> Any:
         """What one decode step reads and writes."""
@@ -179,13 +184,13 @@ class Grouped:
 class Joined:
     """Keys (B, kv_heads, L + W, D): L columns of the row's prompt, then its ring."""
 
-    joined = True
+    joined, once = True, False
 
     def __init__(self, max_tokens: int) -> None:
         self.own: tuple[Arrays, Arrays] = ([], [])
         self.group = np.zeros(0, np.int64)
         self.width = 0
-        self.ring = min(RING_STEP, max_tokens)
+        self.ring, self.period = min(RING_STEP, max_tokens), max_tokens
 
     def held(self) -> set[int]:
         """As `Grouped.held`: here, of those that some row holds, be it idle."""
@@ -193,7 +198,7 @@ class Joined:
 
     def place(self, rows: np.ndarray, groups: np.ndarray, fresh: Prefilled | None, keep: list[int], total: int) -> None:
         """As `Grouped.place`; a kept group's prompt is copied from a row that has it."""
-        width = max(_bucket(fresh.keys[0].shape[2]) if fresh is not None else 0, self.width)
+        width = max(bucket(fresh.keys[0].shape[2]) if fresh is not None else 0, self.width)
         if fresh is not None and not self.own[0]:
             self.group = np.full(total, -1)
             shape = (total, fresh.keys[0].shape[1], width + self.ring, fresh.keys[0].shape[3])
@@ -209,14 +214,14 @@ class Joined:
         for part, new in zip(self.own, news, strict=True):
             for i, array in enumerate(part):
                 bank = array[old, :, :width]
-                bank = mx.concatenate([bank, _widened(new[i], width)]) if new else bank
+                bank = mx.concatenate([bank, widened(new[i], width)]) if new else bank
                 array[target, :, :width] = bank[source]
         self.group = np.array([keep.index(g) if g in keep else -1 for g in self.group])
         self.group[rows] = groups
 
     def _spaced(self, array: mx.array, width: int) -> mx.array:
         prompt, ring = array[:, :, : self.width], array[:, :, self.width :]
-        return mx.concatenate([_widened(prompt, width), ring], axis=2)
+        return mx.concatenate([widened(prompt, width), ring], axis=2)
 
     def keep(self, rows: np.ndarray) -> list[int]:
         """As `Grouped.keep`."""
@@ -229,7 +234,7 @@ class Joined:
 
     def narrow(self, width: int) -> None:
         """As `Grouped.narrow`, in steps, so that shapes come again."""
-        width = _bucket(width)
+        width = bucket(width)
         if width < self.width:
             for part in self.own:
                 part[:] = [mx.concatenate([a[:, :, :width], a[:, :, self.width :]], axis=2) for a in part]
@@ -240,7 +245,11 @@ class Joined:
         if ring > self.ring:
             self.ring = ring
             for part in self.own:
-                part[:] = [_widened(array, self.width + ring) for array in part]
+                part[:] = [widened(array, self.width + ring) for array in part]
+
+    def seen(self, windows: Iterable[int | None], *told: Any) -> list[mx.array]:
+        """As `Grouped.seen`."""
+        return masks(windows, *told, self.width, self.period)
 
     def arrays(self) -> Any:
         """As `Grouped.arrays`."""
@@ -270,11 +279,11 @@ class Joined:
 
 def masks(
     windows: Iterable[int | None],
-    length_B: mx.array,
+    length_B: np.ndarray,
     age_T_B: np.ndarray,
     now_T: np.ndarray,
-    width: int,
     used: int,
+    width: int,
     ring: int,
 ) -> list[mx.array]:
     """What each row's coming token sees at each of T steps, (T, B, 1, width + used) for each window: its prompt, and
@@ -285,7 +294,7 @@ def masks(
     """
     # steps since each column was written
     back_T_U = mx.array(((now_T[:, None] - np.arange(used)[None]) % ring).astype(np.int32))
-    age = mx.array(age_T_B.astype(np.int32))
+    age, length_B = mx.array(age_T_B.astype(np.int32)), mx.array(length_B.astype(np.int32))
     shape = age.shape
     prompt_L = mx.arange(width)[None]
     prompts = mx.broadcast_to((prompt_L < length_B[:, None])[None], (*shape, width))
@@ -310,18 +319,19 @@ def _put(own: Any, layer: int, keys: mx.array, values: mx.array, column: mx.arra
     return own[0][layer], own[1][layer]
 
 
-def _widened(array: mx.array, width: int) -> mx.array:
+def widened(array: mx.array, width: int) -> mx.array:
     """More columns (axis 2) of zeros on the right."""
     missing = width - array.shape[2]
     return mx.pad(array, [(0, 0), (0, 0), (0, missing), (0, 0)]) if missing > 0 else array
 
 
 def _wider(tensor: torch.Tensor, width: int) -> torch.Tensor:
-    """As `_widened`, of torch's."""
+    """As `widened`, of torch's."""
     return torch.nn.functional.pad(tensor, (0, 0, 0, max(0, width - tensor.shape[2])))
 
 
-def _bucket(width: int) -> int:
+def bucket(width: int) -> int:
+    """Columns of a prompt, in steps, so that shapes come again."""
     return -(-width // RING_STEP) * RING_STEP
 
 

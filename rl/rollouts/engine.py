@@ -13,7 +13,7 @@ import mlx.core as mx
 import numpy as np
 
 from rl.errors import UserError
-from rl.rollouts import attention, cache, device, fused, kernels, torch_step, turns
+from rl.rollouts import attention, cache, device, fused, kernels, parted, torch_step, turns
 from rl.rollouts.forward import head, hidden_states, prefill, prefill_last
 from rl.rollouts.result import Completion, Sampling, Totals
 from rl.rollouts.sampling import sample, uniforms_for
@@ -51,12 +51,12 @@ class Engine:
         self.max_batch, self.max_batch_tokens = max_batch, max_batch_tokens
         self.context = context
         self.stop, self.decode = tuple(stop), decode
-        self.layout = cache.Grouped if (device.groups_share_keys() if grouped is None else grouped) else cache.Joined
-        if self.layout is cache.Joined:
+        self.grouped = device.groups_share_keys() if grouped is None else grouped
+        if not self.grouped:
             attention.prepare()
         self.compiled = device.compiles_steps() if compiled is None else compiled
         self.look_every = device.steps_between_syncs()
-        self.steps: dict[tuple[Sampling, bool], Callable[..., Any]] = {}  # compiled steps
+        self.steps: dict[tuple[Sampling, type], Callable[..., Any]] = {}  # compiled steps
         self.totals = Totals()
 
     def generate(
@@ -103,18 +103,18 @@ class Engine:
         self.totals.add(sum(len(p) for p in prompts), new, time.perf_counter() - started)
         return done
 
-    def step(self, sampling: Sampling) -> Callable[..., Any]:
+    def step(self, sampling: Sampling, layout: type) -> Callable[..., Any]:
         """A decode step, compiled where the engine compiles."""
         if not self.compiled:
-            return decode_step(self.model, self.layout, sampling)
-        kind = (sampling, kernels.usable(self.model))
+            return decode_step(self.model, layout, sampling)
+        kind = (sampling, layout)
         if kind not in self.steps:
             # the weights are an input: compiled in as constants they would stay those of the first sync
             products = fused.of(self.model)
             weights = (
                 [self.model.state] if products is None else [fused.rest(self.model), products.state, products.turns]
             )
-            self.steps[kind] = mx.compile(decode_step(self.model, self.layout, sampling), inputs=weights)
+            self.steps[kind] = mx.compile(decode_step(self.model, layout, sampling), inputs=weights)
         return self.steps[kind]
 
 
@@ -127,7 +127,7 @@ def decode_step(model: Any, layout: type, sampling: Sampling | None) -> Callable
     """
     windows = model.args.windows
     kinds = list(dict.fromkeys(windows))
-    few = layout is cache.Joined and kernels.usable(model)
+    few = layout is parted.Parted
     views = torch_step.views(model) if layout is cache.Grouped and torch_step.knows(model) else None
 
     def step(
@@ -141,7 +141,8 @@ def decode_step(model: Any, layout: type, sampling: Sampling | None) -> Callable
         own = arrays.get("own", [])
         masks = [seen[kinds.index(window)] for window in windows]
         if few:
-            hidden_B_D = kernels.hidden_states(model, token_B, position_B, *own, masks, column)
+            prompts, rings = (list(zip(*arrays[name], strict=True)) for name in ("prompt", "ring"))
+            hidden_B_D = kernels.hidden_states(model, token_B, position_B, prompts, rings, masks, column)
             logits_B_V, own = head(model, hidden_B_D), []  # written in place
         elif views is not None:
 
@@ -210,7 +211,7 @@ class _Pool:
         self.logprobs = np.zeros((len(prompts), max_tokens), np.float32)
         self.count = np.zeros(len(prompts), np.int64)  # tokens drawn for each request
         self.done: list[Completion | None] = [None] * len(prompts)
-        self.layout = engine.layout(max_tokens)
+        self.layout = parted.layout_of(engine.model, grouped=engine.grouped)(max_tokens)
         self.groups: list[tuple[int, ...]] = []  # the prompt of each group of the layout
         self.last_P_D: mx.array | None = None  # the hidden state after each group's prompt
         self.owner = np.zeros(0, np.int64)  # request of each row, -1 where it is idle
@@ -246,7 +247,7 @@ class _Pool:
         return len({self.prompts[i] for i in self.waiting[:rows]})
 
     def _fits(self, rows: int, groups: int, width: int) -> bool:
-        held = width * (groups if self.engine.layout is cache.Grouped else rows) + rows * self.max_tokens
+        held = width * (groups if self.layout.once else rows) + rows * self.max_tokens
         return self.engine.max_batch_tokens is None or held + self.shared <= self.engine.max_batch_tokens
 
     def _make_room(self) -> None:
@@ -324,17 +325,17 @@ class _Pool:
         now_T = self.now + np.arange(count)
         age_T_B = now_T[:, None] - self.born[None]
         windows = dict.fromkeys(self.engine.model.args.windows)
-        seen = cache.masks(windows, self.length_B, age_T_B, now_T, width, used, self.max_tokens)
+        lengths = np.array([len(self.prompts[i]) if i >= 0 else 0 for i in self.owner])
+        seen = self.layout.seen(windows, lengths, age_T_B, now_T, used)
         # an idle row ages on, beyond all positions
         position_T_B = self.length_B + mx.array(np.minimum(age_T_B, self.max_tokens).astype(np.int32))
         column_T = mx.array((now_T % self.max_tokens + (width if self.layout.joined else 0)).astype(np.int32))
         # a row that goes on after its end, until the look, has no numbers of its own left
         coming_B_T = mx.array(np.minimum(age_T_B.T + 1, self.max_tokens - 1).astype(np.int32))
         uniforms_B_T_2 = mx.take_along_axis(self.uniforms_B_T_2, coming_B_T[..., None], axis=1)
-        step, pending = self.engine.step(self.sampling), []
+        step, pending = self.engine.step(self.sampling, type(self.layout)), []
         for t in range(count):
-            masks = [mask_T_B_1_K[t] for mask_T_B_1_K in seen]
-            given = (self.token_B, position_T_B[t], masks, column_T[t], uniforms_B_T_2[:, t])
+            given = (self.token_B, position_T_B[t], [a[t] for a in seen], column_T[t], uniforms_B_T_2[:, t])
             if device.torch_is_faster():
                 mx.eval(given)  # once: torch would wait for MLX's thread at the first look at each
             drawn, own = step(*given, self.layout.arrays())

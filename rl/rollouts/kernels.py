@@ -32,26 +32,30 @@ WIDE_ROWS = 64  # of a block of wide.cu
 WIDE = 2_000_000  # weights from which on a product waits for them rather than for its launch
 WIDE_BLOCKS = 64  # that draw on a GPU's memory as fast as it gives, or nearly
 SUMS = 8  # tiles whose sums fit a thread's registers
-BLOCKS = 120  # that keep an H100's 132 processors busy
+PROCESSORS = 132  # of an H100
+BLOCKS = 120  # that keep them busy
 FOLDER = Path(__file__).parent
 TOLERANCE = {mx.float16: 1e-2, mx.bfloat16: 8e-2}  # of the largest number: some roundings; a mistake is as large as it
 INPUTS = ("rows", "weight", "scales", "offsets", "gamma", "a", "b", "where", "bias", "more")
-ATTEND_INPUTS = ("qkv", "turns", "q_gamma", "k_gamma", "keys", "values", "seen", "column")
+ATTEND_INPUTS = ("qkv", "turns", "q_gamma", "k_gamma", "prompt_keys", "prompt_values", "keys", "values", "spans")
+ATTEND_INPUTS += ("column",)
+Pair = tuple[mx.array, mx.array]  # keys and values
 
 
 def hidden_states(
     model: Any,
     token_B: mx.array,
     position_B: mx.array,
-    keys: Sequence[mx.array],
-    values: Sequence[mx.array],
-    seen: Sequence[mx.array],
+    prompts: Sequence[Pair],
+    rings: Sequence[Pair],
+    spans: Sequence[mx.array],
     column: mx.array,
 ) -> mx.array:
     """Normed hidden states (B, width) of one token a row at `position_B`, of a model that is `usable` and `reaches` it.
 
-    Its keys and values are written into `column` of each layer's (B, kv_heads, L, D), in place; `seen` (B, 1, K) says
-    for each layer which of the first K columns each row looks at, the new one among them.
+    For each layer keys and values of the prompts, (P, kv_heads, L, D), and each row's ring of columns for what it
+    draws, (B, kv_heads, W, D); the token's own are written into `column` of these, in place. `spans` (B, 5) say what
+    each row sees in a layer (rl/rollouts/parted.py), the new column included.
     """
     inner, products = model.model, fused.of(model)
     x = inner.embed_tokens(token_B)
@@ -59,7 +63,7 @@ def hidden_states(
     for i, layer in enumerate(inner.layers):
         own, module, turn = products.layers[i], layer.self_attn, tables[products.turn_of[i]]
         qkv = product(own.qkv, x, norm=layer.input_layernorm)
-        middle = product(own.o, attend(module, qkv, turn, keys[i], values[i], seen[i], column), more=x)
+        middle = product(own.o, attend(module, qkv, turn, prompts[i], rings[i], spans[i], column), more=x)
         x = product(
             own.down, product(own.gate_up, middle, norm=layer.post_attention_layernorm, gated=True), more=middle
         )
@@ -136,25 +140,25 @@ def attend(
     module: nn.Module,
     qkv: mx.array,
     turn_B_D: mx.array,
-    keys: mx.array,
-    values: mx.array,
-    seen_B_1_K: mx.array,
+    prompt: Pair,
+    ring: Pair,
+    spans_B_5: mx.array,
     column: mx.array,
 ) -> mx.array:
     """(B, heads × D) of the queries, keys and values (B, (heads + 2 kv_heads) × D) that attention's product gave;
     `turn_B_D` float32, cosines and sines of each row's position, the rest as in `hidden_states`."""
-    normed, width = "q_norm" in module, keys.shape[3]
-    repeats = module.n_heads // module.n_kv_heads
-    together = next(n for n in (4, 3, 2, 1) if repeats % n == 0)
+    normed, width = "q_norm" in module, ring[0].shape[3]
+    rows, together = len(qkv), _together(module.n_heads // module.n_kv_heads)
+    shares, at_once, warps = _shares(rows, module.n_heads // together, together, width)
     (out,) = _attend(float(module.scale), float(module.q_norm.eps) if normed else None)(
         inputs=[
             qkv,
             turn_B_D,
             module.q_norm.weight if normed else qkv,
             module.k_norm.weight if normed else qkv,
-            keys,
-            values,
-            seen_B_1_K,
+            *prompt,
+            *ring,
+            spans_B_5,
             column.reshape(1),
         ],
         template=[
@@ -163,15 +167,33 @@ def attend(
             ("HEADS", module.n_heads),
             ("KV", module.n_kv_heads),
             ("QUERIES", together),
-            ("WARPS", WARPS),
+            ("ROWS", shares),
+            ("AT_ONCE", at_once),
+            ("WARPS", warps),
             ("NORM", normed),
         ],
-        grid=(module.n_heads // together * 32 * WARPS, qkv.shape[0], 1),
-        threadgroup=(32 * WARPS, 1, 1),
-        output_shapes=[(qkv.shape[0], module.n_heads * width)],
+        grid=(module.n_heads // together * 32 * warps, -(-rows // shares), 1),
+        threadgroup=(32 * warps, 1, 1),
+        output_shapes=[(rows, module.n_heads * width)],
         output_dtypes=[qkv.dtype],
     )
     return out
+
+
+def _together(repeats: int) -> int:
+    """Queries of a block, of those that share their keys: all, or the largest part that fits."""
+    return next(n for n in range(8, 0, -1) if repeats % n == 0)
+
+
+def _shares(rows: int, heads: int, together: int, width: int) -> tuple[int, int, int]:
+    """Rows of a block of attend.cu, pieces of 16 keys that a warp asks for at once, and warps; `heads` blocks a row.
+
+    As many rows, which read their prompt once, as leave enough blocks, and no more than 8 queries, the width of the
+    tensor cores' product; few registers where two blocks share a processor.
+    """
+    shares = next((n for n in (8, 4, 2) if n * together <= 8 and -(-rows // n) * heads >= BLOCKS), 1)
+    alone = -(-rows // shares) * heads <= PROCESSORS
+    return shares, 2 if width < 64 or (width == 64 and alone) else 1, WARPS
 
 
 @cache
@@ -257,42 +279,57 @@ def _apart(found: mx.array, expected: mx.array) -> float:
 def _trial(model: Any) -> dict[str, tuple[mx.array, mx.array]]:
     """What each kernel gives, and what the operations give."""
     layer, own, dtype = model.model.layers[0], fused.of(model).layers[0], model.model.norm.weight.dtype
-    module, rows, many, columns, at = layer.self_attn, 5, WIDE_ROWS + 7, 24, 13
-    size, heads, kv_heads = turns.head_size(module), module.n_heads, module.n_kv_heads
+    module, many = layer.self_attn, WIDE_ROWS + 7
 
     def normal(*shape: int) -> mx.array:
         return mx.random.normal(shape, key=mx.random.key(sum(shape))).astype(dtype)
 
     qkv, o, gate_up, down = (_shaken(one, normal) for one in own.every)
-    x, attended, between = (
-        normal(many, width) for width in (layer.input_layernorm.weight.size, heads * size, down.inputs)
-    )
+    x, attended, between = (normal(many, width) for width in (layer.input_layernorm.weight.size, o.inputs, down.inputs))
     gate, up = mx.split(gate_up(layer.post_attention_layernorm(x)), 2, axis=-1)
-    position_B = mx.array([0, 5, 40, 300, 1000], mx.int32)
-    keys, values = normal(rows, kv_heads, columns, size), normal(rows, kv_heads, columns + 1, size)[:, :, 1:]
-    seen = (mx.arange(columns)[None] <= mx.array([0, 3, 12, 20, 23])[:, None])[:, None]
-    seen[:, :, at] = True
-    given = normal(rows, (heads + 2 * kv_heads) * size)
-    every = given.reshape(rows, 1, -1, size).transpose(0, 2, 1, 3)
-    queries, key, value = mx.split(every, [heads, heads + kv_heads], axis=1)
-    if "q_norm" in module:
-        queries, key = module.q_norm(queries), module.k_norm(key)
-    queries, key = module.rope(queries, offset=position_B), module.rope(key, offset=position_B)
-    all_keys = mx.concatenate([keys[:, :, :at], key, keys[:, :, at + 1 :]], axis=2)
-    all_values = mx.concatenate([values[:, :, :at], value, values[:, :, at + 1 :]], axis=2)
-    expected = attention.plain(queries, all_keys, all_values, module.scale, seen).reshape(rows, -1)
-    mx.eval(expected, all_keys, all_values, keys, values)  # before the kernel writes into two of them
-    found = attend(module, given, turns.table(module, 1001)[position_B], keys, values, seen, mx.array(at, mx.int32))
-    mx.eval(found)
     return {
         "queries, keys and values": (product(qkv, x, norm=layer.input_layernorm), qkv(layer.input_layernorm(x))),
-        "attention": (found, expected),
-        "its keys": (keys, all_keys),
-        "its values": (values, all_values),
+        **_attention_trial(module, normal),
         "its output": (product(o, attended, more=x), x + o(attended)),
         "gate and up": (product(gate_up, x, norm=layer.post_attention_layernorm, gated=True), nn.silu(gate) * up),
         "down": (product(down, between, more=x), x + down(between)),
     }
+
+
+def _attention_trial(module: nn.Module, normal: Callable[..., mx.array]) -> dict[str, tuple[mx.array, mx.array]]:
+    """The same of attention: few rows and many, so that a block has one of them or several; three prompts whose rows
+    are no neighbours, idle rows, and rings before and after their first round."""
+    out, length, columns = {}, 40, 24
+    size, heads, kv_heads = turns.head_size(module), module.n_heads, module.n_kv_heads
+    for rows, at in ((5, 23), (64, 13)):
+        every = np.arange(rows)
+        spans = np.stack([every[::-1], every % 3, every % 2, 33 + every % 7, 1 + every * 5 % columns], axis=1)
+        spans[2, 2:] = 0, 0, 1  # idle
+        prompt = normal(3, kv_heads, length, size), normal(3, kv_heads, length + 1, size)[:, :, 1:]
+        ring = normal(rows, kv_heads, columns, size), normal(rows, kv_heads, columns + 1, size)[:, :, 1:]
+        given, position_B = normal(rows, (heads + 2 * kv_heads) * size), mx.array(every * 197 % 1000, mx.int32)
+        queries, key, value = mx.split(
+            given.reshape(rows, 1, -1, size).transpose(0, 2, 1, 3), [heads, heads + kv_heads], axis=1
+        )
+        if "q_norm" in module:
+            queries, key = module.q_norm(queries), module.k_norm(key)
+        queries, key = module.rope(queries, offset=position_B), module.rope(key, offset=position_B)
+        new = [mx.concatenate([a[:, :, :at], b, a[:, :, at + 1 :]], 2) for a, b in zip(ring, (key, value), strict=True)]
+        of_row = np.empty_like(spans)
+        of_row[spans[:, 0]] = spans
+        both = [mx.concatenate([a[mx.array(of_row[:, 1])], b], axis=2) for a, b in zip(prompt, new, strict=True)]
+        column, (first, end, back) = np.arange(columns), of_row[:, 2:].T[..., None]
+        seen = np.concatenate(
+            [(first <= np.arange(length)) & (np.arange(length) < end), (at - column) % columns < back], axis=1
+        )
+        expected = attention.plain(queries, *both, module.scale, mx.array(seen[:, None])).reshape(rows, -1)
+        mx.eval(expected, new, ring)  # before the kernel writes into two of them
+        turn_B_D = turns.table(module, 1001)[position_B]
+        found = attend(module, given, turn_B_D, prompt, ring, mx.array(spans, mx.int32), mx.array(at, mx.int32))
+        mx.eval(found)
+        out |= {f"attention of {rows} rows": (found, expected), f"keys of {rows} rows": (ring[0], new[0])}
+        out[f"values of {rows} rows"] = (ring[1], new[1])
+    return out
 
 
 def _shaken(one: fused.Product, normal: Callable[..., mx.array]) -> fused.Product:

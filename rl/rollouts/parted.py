@@ -1,0 +1,117 @@
+"""The cache of a CUDA decode step: each prompt once, and a ring of drawn tokens a row, for the kernels to read.
+
+Like `cache.Grouped` it holds a prompt once for all its completions, but in MLX's memory, and a kernel reads it once for
+the rows that have it (rl/rollouts/attend.cu). Rows stay where they are when others come and go: a block takes rows that
+are neighbours in `seen`, where they stand by prompt, and which is made at each look of the host and not at each step.
+"""
+
+from collections.abc import Iterable
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from rl.rollouts import cache, fused, kernels
+from rl.rollouts.forward import Prefilled
+
+
+def layout_of(model: Any, *, grouped: bool) -> type:
+    """The cache's layout for this model: `grouped` where torch attends, else one for the kernels where they may decode
+    it as it is now, or one that any attention reads."""
+    if grouped:
+        return cache.Grouped
+    if (products := fused.of(model)) is not None:
+        products.refresh(model)
+    return Parted if kernels.usable(model) else cache.Joined
+
+
+class Parted:
+    """`prompt` keys (P, kv_heads, L, D) once a group; `own` keys (B, kv_heads, W, D) of each row's drawn tokens, which
+    the kernels write in place."""
+
+    joined, once = False, True
+
+    def __init__(self, max_tokens: int) -> None:
+        self.prompt: tuple[cache.Arrays, cache.Arrays] = ([], [])
+        self.own: tuple[cache.Arrays, cache.Arrays] = ([], [])
+        self.group = np.zeros(0, np.int64)  # group of each row
+        self.width = 0
+        self.ring = min(cache.RING_STEP, max_tokens)
+
+    def held(self) -> set[int]:
+        """As `Grouped.held`."""
+        return set(range(len(self.prompt[0][0]))) if self.prompt[0] else set()
+
+    def place(self, rows: np.ndarray, groups: np.ndarray, fresh: Prefilled | None, keep: list[int], total: int) -> None:
+        """As `Grouped.place`; no row's ring is moved, or emptied: it sees no column from before it came."""
+        news = ([], []) if fresh is None else (fresh.keys, fresh.values)
+        if fresh is not None and not self.own[0]:
+            shape = (total, fresh.keys[0].shape[1], self.ring, fresh.keys[0].shape[3])
+            for part in self.own:
+                part[:] = [mx.zeros(shape, array.dtype) for array in fresh.keys]
+            self.group = np.zeros(total, np.int64)
+        if fresh is not None:
+            self.width = max(cache.bucket(fresh.keys[0].shape[2]), self.width)
+        kept = mx.array(np.array(keep, np.int64))
+        for part, new in zip(self.prompt, news, strict=True):
+            old = [cache.widened(array[kept], self.width) for array in part] if keep else []
+            more = [cache.widened(array, self.width) for array in new]
+            part[:] = [mx.concatenate(pair) for pair in zip(old, more, strict=True)] if old and more else old or more
+        # a row whose group has gone is idle: any group will do
+        self.group = np.array([keep.index(g) if g in keep else 0 for g in self.group])
+        self.group[rows] = groups
+
+    def keep(self, rows: np.ndarray) -> list[int]:
+        """As `Grouped.keep`."""
+        groups, self.group = np.unique(self.group[rows], return_inverse=True)
+        for part, index in ((self.prompt, mx.array(groups)), (self.own, mx.array(rows))):
+            for arrays in part:
+                arrays[:] = [array[index] for array in arrays]
+        return groups.tolist()
+
+    def narrow(self, width: int) -> None:
+        """As `Joined.narrow`, in steps too."""
+        width = cache.bucket(width)
+        if width < self.width:
+            self.width = width
+            for part in self.prompt:
+                part[:] = [mx.contiguous(array[:, :, :width]) for array in part]
+
+    def grow(self, ring: int) -> None:
+        """As `Grouped.grow`."""
+        if ring > self.ring:
+            self.ring = ring
+            for part in self.own:
+                part[:] = [cache.widened(array, ring) for array in part]
+
+    def seen(
+        self,
+        windows: Iterable[int | None],
+        length_B: np.ndarray,
+        age_T_B: np.ndarray,
+        now_T: np.ndarray,
+        used: int,
+    ) -> list[mx.array]:
+        """What each row's coming token sees at each of T steps, (T, B, 5) for each window: the row, its prompt, the
+        first of that prompt's columns and the one behind the last, and columns of the ring, backwards from the coming
+        token's own. Rows of one prompt are neighbours; idle ones, of length 0, see that token alone and come last.
+        """
+        idle_B = length_B == 0
+        order_B = np.argsort(np.where(idle_B, len(length_B), self.group), kind="stable")
+        out = []
+        for window in windows:
+            first_T_B, back_T_B = np.zeros_like(age_T_B), np.minimum(age_T_B + 1, self.ring)
+            if window is not None:
+                first_T_B = np.maximum(length_B + age_T_B - window + 1, 0)
+                back_T_B = np.minimum(back_T_B, window)
+            columns = (np.arange(len(length_B)), self.group, first_T_B, length_B, np.where(idle_B, 1, back_T_B))
+            every = np.stack([np.broadcast_to(column, age_T_B.shape) for column in columns], axis=-1)
+            out.append(mx.array(every[:, order_B].astype(np.int32)))
+        return out
+
+    def arrays(self) -> Any:
+        """As `Grouped.arrays`."""
+        return {"prompt": [list(part) for part in self.prompt], "ring": [list(part) for part in self.own]}
+
+    def store(self, own: Any) -> None:
+        """The step wrote in place."""
