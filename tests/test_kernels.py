@@ -181,6 +181,7 @@ def wide(monkeypatch: pytest.MonkeyPatch) -> list[int | None]:
     """As for large layers; the list is told each choice."""
     chosen, choose = [], kernels._wide
     monkeypatch.setattr(kernels, "WIDE", 0)
+    monkeypatch.setattr(kernels, "FEW_ROWS", 0)
     monkeypatch.setattr(kernels, "_wide", lambda *a: chosen.append(choose(*a)) or chosen[-1])
     return chosen
 
@@ -294,6 +295,17 @@ def test_large_layers_open_their_codes(
     check_wide(one, 9, norm=True, gated=True)
     check_wide(one, 9, add=True)
     assert set(wide) == {tiles}
+
+
+def test_few_rows_of_a_large_layer(as_on_cuda: None, wide: list[int | None], monkeypatch: pytest.MonkeyPatch) -> None:
+    """They go the small layers' way, to the same outputs. Trap: the choice is made where a block fills up."""
+    monkeypatch.setattr(kernels, "FEW_ROWS", 32)
+    one = linears(256, [512, 512], [4, 0])
+    for rows in (1, 32):
+        check_wide(one, rows, norm=True)
+    assert not wide
+    check_wide(one, 33, norm=True)
+    assert set(wide) == {2}
 
 
 def test_which_layers_are_large() -> None:
