@@ -10,7 +10,7 @@ from transformers import LlamaConfig
 from trl.trainer.utils import add_fused_lm_head
 
 from rl import config, models
-from rl.algorithms import learner, passes
+from rl.algorithms import learner, pieces
 from rl.algorithms.learner import Forward, Shared, forward, row_keys, score_completions_only, share, shared_prefix
 
 PAD = 0
@@ -119,13 +119,13 @@ def test_prompts_read_once_give_the_same_logprobs_entropies_and_gradients(
 ) -> None:
     """Traps: keys of padding between prompt and completion, positions after it, rows that a shuffle has parted from
     their prompt, and a prompt's last token, whose logits score the first of the completion."""
-    monkeypatch.setattr(learner, "PASS_TOKENS", 0)
+    monkeypatch.setattr(learner, "PIECE_TOKENS", 0)
     ids, mask, columns = groups(prefix, prompts, completions)
     shared = share(ids, mask, int(columns))
     assert shared is not None
     if len(prompts) > 1:
         assert len(shared.prompts) == len(prompts)
-        assert (shared.prefix > 0) == (prefix >= passes.SHORTEST_PREFIX)
+        assert (shared.prefix > 0) == (prefix >= pieces.SHORTEST_PREFIX)
     else:
         assert shared == Shared(prefix + prompts[0] - 1)  # one prompt is all prefix
     assert_equal(*both(policy_of(tiny_base, lora), ids, mask, int(columns), shared))
@@ -146,7 +146,7 @@ def every_prompt(ids: torch.Tensor, mask: torch.Tensor, columns: int, prefix: in
 def test_any_batch_gives_the_same_gradients(
     tiny_base: models.Base, prefix: int, prompts: list[int], size: int, seed: int
 ) -> None:
-    """Whatever `share` decides, and the way with the most passes beside it."""
+    """Whatever `share` decides, and the way with the most pieces beside it."""
     lengths = torch.randint(1, 6, (len(prompts) * size,), generator=torch.Generator().manual_seed(seed)).tolist()
     ids, mask, columns = groups(prefix, prompts, lengths, seed)
     model = policy_of(tiny_base, True)
@@ -163,25 +163,23 @@ def test_the_way_with_the_fewest_tokens_is_taken() -> None:
     """8 x 4 of the default config's kind: 20 tokens all share, 6 of each question, 4 of each completion."""
     ids, mask, columns = groups(20, [6] * 8, [4] * 32)
     way = share(ids, mask, int(columns))
-    assert (way.prefix, len(way.prompts), len(way.of_row)) == (20, 8, 32)  # 20 + 8 x 5 + 32 x 4 tokens, 2 passes more
+    assert (way.prefix, len(way.prompts), len(way.of_row)) == (20, 8, 32)  # 20 + 8 x 5 + 32 x 4 tokens, 2 pieces more
     assert share(*batch(0, [5, 5], [3, 3])[:2], 3) is None  # nothing to share
     assert share(*batch(30, [1, 1], [3, 3])[:2], 3) == Shared(30)  # a question of one token is not read ahead
     ids, mask, columns = groups(0, [40, 44], [9] * 8)
     assert len(share(ids, mask, 9).prompts) == 2
-    assert len(share(ids, mask, 9, window=52).prompts) == 2  # 43 + 9 columns
-    assert share(ids, mask, 9, window=51) is None  # padding between prompt and completion would count
     assert share(ids, mask, 9, cost=10**6) is None
 
 
-def test_a_pass_costs_a_gpu_fewer_tokens_the_larger_the_model() -> None:
+def test_a_piece_costs_a_gpu_fewer_tokens_the_larger_the_model() -> None:
     """Launches are as many for wide layers as for narrow ones: SmolLM2's 135M and 1.7B, whose layers have 3,538,944 and
     67,108,864 weights."""
     small = LlamaConfig(hidden_size=576, intermediate_size=1536, num_attention_heads=9, num_key_value_heads=3)
     large = LlamaConfig(hidden_size=2048, intermediate_size=8192, num_attention_heads=32, num_key_value_heads=32)
     cuda = torch.device("cuda")
-    assert learner.pass_tokens(cuda, small) == round(passes.PASS_WEIGHTS["cuda"] / 3_538_944)
-    assert learner.pass_tokens(cuda, large) == round(passes.PASS_WEIGHTS["cuda"] / 67_108_864)
-    assert learner.pass_tokens(torch.device("cpu"), large) == learner.PASS_TOKENS
+    assert learner.piece_tokens(cuda, small) == round(pieces.PIECE_WEIGHTS["cuda"] / 3_538_944)
+    assert learner.piece_tokens(cuda, large) == round(pieces.PIECE_WEIGHTS["cuda"] / 67_108_864)
+    assert learner.piece_tokens(torch.device("cpu"), large) == learner.PIECE_TOKENS
 
 
 def test_on_mps_prompts_come_in_few_counts_and_widths(tiny_base: models.Base, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -196,12 +194,12 @@ def test_on_mps_prompts_come_in_few_counts_and_widths(tiny_base: models.Base, mo
     )
     ours = forward(model, ids, mask, int(columns), shared)
     hook.remove()
-    assert [shape[:2] for shape in widths] == [(4, 32), (6, 32)]
+    assert [shape[:2] for shape in widths] == [(1, 4 * 32 + 6 * 32)]
     torch.testing.assert_close(ours[0], plain(model, ids, mask, int(columns))[0], atol=2e-5, rtol=1e-5)
 
 
 def test_nothing_below_the_first_adapter_is_recorded(tiny_base: models.Base) -> None:
-    """`[model.lora] layers` = 1: the layers below, the embedding and the prompt's passes through them keep no graph."""
+    """`[model.lora] layers` = 1: the layers below and the embedding keep no graph."""
     model = models.add_lora(bare(tiny_base), config.Lora(rank=4, alpha=8.0, layers=1))
     recorded: dict[str, list[bool]] = {}
 
@@ -221,7 +219,7 @@ def test_nothing_below_the_first_adapter_is_recorded(tiny_base: models.Base) -> 
     assert logps.requires_grad
     top = max(int(name.split(".")[1]) for name in recorded if name.startswith("layers."))
     below = {n: seen for n, seen in recorded.items() if not n.startswith(f"layers.{top}")}
-    assert all(len(seen) == 3 for seen in below.values())  # prefix, prompts, completions
+    assert all(len(seen) == 1 for seen in below.values())  # prefix, prompts and completions in one pass
     assert not any(any(seen) for seen in below.values())
     assert all(recorded[f"layers.{top}"])
     saved: list[int] = []

@@ -186,7 +186,7 @@ def test_the_plan_takes_the_way_that_the_learner_takes() -> None:
         config = AutoConfig.for_model(told.pop("model_type"), **told)
         work = replace(table.standard("LoRA", 8), checkpointing=False, rows=32, prompts=16)
         for device, whole in zip(("cpu", "cuda"), wholes, strict=True):
-            cost = learner.pass_tokens(torch.device(device), config)
+            cost = learner.piece_tokens(torch.device(device), config)
             assert (learner.share(ids, torch.ones_like(ids), 256, cost=cost) is None) == whole
             tokens = 32 * 512 if whole else 16 * 255 + 32 * 256
             assert memory._tokens(shape, work, device) == tokens

@@ -1,9 +1,9 @@
 """The trainer's forward, without work that changes nothing.
 
 Savings, gradient-equal to TRL's own forward (tests/test_learner.py):
-- what all prompts of the batch share (few-shot examples, a system message) goes through the model once, then the rest
-  of each distinct prompt once, then the completions; keys and values are repeated for the rows, and gradients flow back
-  through those passes. Which of the passes are made is decided by the tokens they save (`share`);
+- what all prompts of the batch share (few-shot examples, a system message) goes through the model once, and the rest of
+  each distinct prompt once, beside the completions in one pass (rl/algorithms/piecewise.py); keys and values are
+  repeated for the rows. Which pieces are made is decided by the tokens they save (`share`);
 - on-policy, the forward that gives the old logprobs *is* the loss forward: it is run once with its graph and reused;
 - the head, a quarter of a small model, runs on completion tokens alone, and a completion's last token is scored but
   not read.
@@ -15,10 +15,10 @@ from typing import Any
 
 import torch
 import trl.trainer.utils
-from transformers import DynamicCache
 
-from rl.algorithms import passes
-from rl.algorithms.passes import PASS_TOKENS
+from rl.algorithms import pieces
+from rl.algorithms.piecewise import BEHIND, Layout, Piece, attending
+from rl.algorithms.pieces import PIECE_TOKENS
 from rl.device import padded
 
 
@@ -66,54 +66,47 @@ class Shared:
     of_row: tuple[int, ...] = ()
 
 
-def pass_tokens(device: torch.device, config: Any) -> int:
-    """How many tokens take as long as one more pass through a layer of a model of transformers' `config`."""
-    if device.type not in passes.PASS_WEIGHTS:
-        return PASS_TOKENS
+def piece_tokens(device: torch.device, config: Any) -> int:
+    """How many tokens take as long as one more piece in a layer of a model of transformers' `config`."""
+    if device.type not in pieces.PIECE_WEIGHTS:
+        return PIECE_TOKENS
     heads = config.num_attention_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // heads
     attention = 2 * (heads + (getattr(config, "num_key_value_heads", None) or heads)) * width
     feed_forward = 3 * (getattr(config, "intermediate_size", None) or 4 * config.hidden_size)
-    return passes.pass_tokens(device.type, config.hidden_size * (attention + feed_forward))
+    return pieces.piece_tokens(device.type, config.hidden_size * (attention + feed_forward))
 
 
 def share(
-    input_ids: torch.Tensor,
-    attention_mask: torch.Tensor,
-    completion_columns: int,
-    window: int | None = None,
-    cost: int | None = None,
+    input_ids: torch.Tensor, attention_mask: torch.Tensor, completion_columns: int, cost: int | None = None
 ) -> Shared | None:
-    """The way with the fewest tokens, each further pass counted as `cost` of them (`pass_tokens`; unset = PASS_TOKENS);
-    None for TRL's own forward.
-
-    `input_ids` (rows, prompt + completion columns) with prompts padded on the left. `window` is the shortest sliding
-    window of the model: prompts of different lengths are padded in the middle, where a window would count the padding.
+    """The way with the fewest tokens, each further piece counted as `cost` of them (`piece_tokens`; unset =
+    PIECE_TOKENS); None where each row goes whole. `input_ids` (rows, prompt + completion columns) with prompts padded
+    on the left.
     """
     rows, total = input_ids.shape
     device = input_ids.device
     split = total - completion_columns
-    prefix = passes.shared(shared_prefix(input_ids, attention_mask, completion_columns), device.type)
+    prefix = pieces.shared(shared_prefix(input_ids, attention_mask, completion_columns), device.type)
     longest = int(attention_mask[:, :split].sum(1).max())
     numbers: dict[bytes, int] = {}
     keys = row_keys(input_ids[:, :split], attention_mask[:, :split])
     of_row = tuple(numbers.setdefault(key, len(numbers)) for key in keys)
     prompts = tuple(of_row.index(i) for i in range(len(numbers)))
-    sizes = passes.Sizes(
+    sizes = pieces.Sizes(
         rows=rows,
         prompt=longest,
         completion=completion_columns,
         prompts=len(prompts),
         prefix=prefix,
-        window=window,
         total=total,
     )
-    way = passes.choose(sizes, device.type, PASS_TOKENS if cost is None else cost)
+    way = pieces.choose(sizes, device.type, PIECE_TOKENS if cost is None else cost)
     if way == "whole":
         return None
     if way == "prefix":
         return Shared(prefix)
-    prompts += prompts[:1] * (passes.on_device(len(prompts), device.type) - len(prompts))  # the first one again
+    prompts += prompts[:1] * (pieces.on_device(len(prompts), device.type) - len(prompts))  # the first one again
     return Shared(prefix, prompts, of_row)
 
 
@@ -139,40 +132,33 @@ def forward(
     """Logprobs and entropies (rows, completion columns) as TRL's fused head gives them, zero on padding.
 
     `input_ids` (rows, prompt + completion columns) with prompts padded on the left and completions on the right;
-    `shared` is `share`'s. The rows go through the model without their left padding.
+    `shared` is `share`'s, the model one that `piecewise.knows`. The rows go through it without their left padding.
     """
     rows, total = input_ids.shape
-    device, kind = input_ids.device, attention_mask.dtype
-    split, prefix = total - completion_columns, shared.prefix
+    device, split = input_ids.device, total - completion_columns
     lengths = attention_mask[:, :split].sum(1)
     begin = split - lengths  # column of each row's first token
-    cache = DynamicCache()
-    layers = (model.get_base_model() if hasattr(model, "get_base_model") else model).model
-    if prefix:
-        ids = input_ids[:1].gather(1, begin[:1, None] + torch.arange(prefix, device=device))
-        layers(input_ids=ids, past_key_values=cache, use_cache=True)
-    past = attention_mask.new_ones(rows, prefix)
-    read = torch.full_like(lengths, prefix)  # tokens of each row that have been through the model
+    made: list[Piece] = []
+    ids: list[torch.Tensor] = []
+
+    def add(some: torch.Tensor, positions: torch.Tensor, there: torch.Tensor, of_row: torch.Tensor | None) -> None:
+        """Tokens at `positions` of the rows `some`, where they are `there`; each continues its row `of_row`."""
+        source = (begin[some, None] + positions).clamp(max=total - 1)
+        ids.append(input_ids[some].gather(1, source).reshape(-1))
+        made.append(Piece(positions.masked_fill(~there, BEHIND), of_row if made else None))
+
+    first, every = torch.zeros(1, dtype=torch.long, device=device), torch.arange(rows, device=device)
+    of_row = torch.zeros_like(every)
+    read = torch.full_like(lengths, shared.prefix)  # tokens of each row that are in an earlier piece
+    if shared.prefix:
+        positions = torch.arange(shared.prefix, device=device)[None]
+        add(first, positions, torch.ones_like(positions, dtype=torch.bool), None)
     if shared.prompts:
         some, of_row = (torch.tensor(index, device=device) for index in (shared.prompts, shared.of_row))
-        width = padded(int(lengths.max()) - 1 - prefix, device)
-        columns = prefix + torch.arange(width, device=device)[None].expand(len(some), -1)
-        if prefix:
-            cache.batch_repeat_interleave(len(some))
-        layers(
-            input_ids=input_ids[some].gather(1, (begin[some, None] + columns).clamp(max=total - 1)),
-            # what stands behind a prompt's end is behind it for causal attention too
-            attention_mask=attention_mask.new_ones(len(some), prefix + width),
-            position_ids=columns,
-            past_key_values=cache,
-            use_cache=True,
-        )
-        cache.batch_select_indices(of_row)
+        width = padded(int(lengths.max()) - 1 - shared.prefix, device)
+        positions = shared.prefix + torch.arange(width, device=device)[None].expand(len(some), -1)
+        add(some, positions, positions < lengths[some, None] - 1, torch.zeros_like(some))
         read = lengths - 1
-        past = torch.cat([past, (columns[of_row] < read[:, None]).to(kind)], dim=1)
-    else:
-        cache.batch_repeat_interleave(rows)
-
     width = padded(int((lengths - read).max()) + completion_columns - 1, device)
     positions = read[:, None] + torch.arange(width, device=device)[None]
     source = begin[:, None] + positions
@@ -180,14 +166,27 @@ def forward(
     scored = (target >= split) & (target < total)
     source, target = source.clamp(max=total - 1), target.clamp(max=total - 1)
     scored &= attention_mask.gather(1, target).bool()
-    out = model(
-        input_ids=input_ids.gather(1, source),
-        attention_mask=torch.cat([past, attention_mask.gather(1, source)], dim=1),
-        position_ids=positions,
-        past_key_values=cache,
-        shift_labels=torch.where(scored, input_ids.gather(1, target), -100),
-        fused_lm_head=True,
-    )
+    add(every, positions, attention_mask.gather(1, source).bool(), of_row)
+
+    layout = Layout(made)
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+
+    def last_piece(_module: Any, _args: Any, out: Any) -> Any:
+        out.last_hidden_state = out.last_hidden_state[0, -rows * width :].unflatten(0, (rows, width))
+        return out
+
+    hook = base.model.register_forward_hook(last_piece)  # before the head
+    try:
+        with attending(base.config):
+            out = model(
+                input_ids=torch.cat(ids)[None],
+                position_ids=layout.positions,
+                layout=layout,
+                shift_labels=torch.where(scored, input_ids.gather(1, target), -100),
+                fused_lm_head=True,
+            )
+    finally:
+        hook.remove()
     column = (target - split).clamp(min=0)
 
     def back(values: torch.Tensor) -> torch.Tensor:

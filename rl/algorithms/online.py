@@ -13,10 +13,10 @@ from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import add_fused_lm_head, use_adapter
 
 from rl import processes
-from rl.algorithms import trace
+from rl.algorithms import piecewise, trace
 from rl.algorithms.base import Job, Outcome, Recorder, Timer, run_trainer
 from rl.algorithms.guard import Guard
-from rl.algorithms.learner import Forward, forward, pass_tokens, row_keys, score_completions_only, share
+from rl.algorithms.learner import Forward, forward, piece_tokens, row_keys, score_completions_only, share
 from rl.algorithms.mismatch import Alarm, measure
 from rl.algorithms.seam import EpochSampler, MLXGeneration
 from rl.algorithms.tool_turns import loss_mask
@@ -195,11 +195,11 @@ class Online:
         self, model: Any, input_ids: torch.Tensor, attention_mask: torch.Tensor, columns: int, batch_size: int | None
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         size, parts = batch_size or len(input_ids), []
-        window = getattr(model.config, "sliding_window", None)
-        cost = pass_tokens(input_ids.device, model.config)
+        cost = piece_tokens(input_ids.device, model.config)
+        in_pieces = piecewise.knows(model) and not self.args.gradient_checkpointing
         for start in range(0, len(input_ids), size):
             ids, mask = input_ids[start : start + size], attention_mask[start : start + size]
-            shared = None if self.args.gradient_checkpointing else share(ids, mask, columns, window, cost)
+            shared = share(ids, mask, columns, cost) if in_pieces else None
             if shared is None:
                 # TRL gives the head of a reference model of its own no entropy
                 logps, entropies, _ = super()._get_per_token_logps_and_entropies(

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from rl.algorithms import GROUPED, passes
+from rl.algorithms import GROUPED, pieces
 from rl.plan.architecture import Architecture
 from rl.plan.workload import Workload
 
@@ -153,41 +153,40 @@ def _states(optimizer: str) -> float:
     return {"sgd": 0.0, "adagrad": 1.0, "rmsprop": 1.0}.get(optimizer, 2.0)
 
 
-def _passes(shape: Architecture, work: Workload, device: Device) -> tuple[passes.Way, tuple[int, ...]]:
-    """The way that the learner takes through a micro-batch, and the tokens of each of its passes."""
+def _pieces(shape: Architecture, work: Workload, device: Device) -> tuple[pieces.Way, tuple[int, ...]]:
+    """The way that the learner takes through a micro-batch, and the tokens of each of its pieces."""
     if work.algorithm not in GROUPED or work.checkpointing:
         return "whole", (work.rows * work.length,)
-    sizes = passes.Sizes(
+    sizes = pieces.Sizes(
         rows=work.rows,
         prompt=work.prompt,
         completion=work.completion,
         prompts=work.prompts,
         prefix=work.prefix,
-        window=shape.window if shape.windows else None,
     )
-    way = passes.choose(sizes, device, passes.pass_tokens(device, shape.matrix // shape.layers))
-    return way, passes.ways(sizes, device)[way]
+    way = pieces.choose(sizes, device, pieces.piece_tokens(device, shape.matrix // shape.layers))
+    return way, pieces.ways(sizes, device)[way]
 
 
 def _batches(shape: Architecture, work: Workload, device: Device) -> Iterator[Workload]:
     """The batches that may be the fullest: the one with the longest prompts, and where the learner reads those once the
     one with the longest prompts that it does not, which may hold more."""
     yield work
-    way = _passes(shape, work, device)[0]
+    way = _pieces(shape, work, device)[0]
     if way == "whole":
         return
     for prompt in range(work.prompt - 1, 0, -1):
         shorter = replace(
             work, prompt=prompt, prefix=min(work.prefix, prompt - 1), length=work.length - work.prompt + prompt
         )
-        if _passes(shape, shorter, device)[0] != way:
+        if _pieces(shape, shorter, device)[0] != way:
             yield shorter
             return
 
 
 def _tokens(shape: Architecture, work: Workload, device: Device) -> int:
-    """Tokens of one forward with gradient, all its passes together."""
-    return sum(_passes(shape, work, device)[1])
+    """Tokens of one forward with gradient, all its pieces together."""
+    return sum(_pieces(shape, work, device)[1])
 
 
 def _layer_saved(shape: Architecture, work: Workload, device: Device) -> tuple[float, float]:
@@ -223,23 +222,23 @@ def _math_attention(shape: Architecture, work: Workload, device: Device) -> bool
 
 
 def _scores(shape: Architecture, work: Workload, device: Device) -> float:
-    """Scores of one head that the math path makes of a micro-batch: all of them on MPS; on CUDA those of a pass whose
-    tokens see no earlier pass's, since a pass that does has a mask, and with it a fused kernel.
+    """Scores of one head that the math path makes of a micro-batch: all of them on MPS; on CUDA those of the
+    first piece, whose tokens see no earlier one's, since a later one has a mask, and with it a fused kernel.
     """
-    way, _ = _passes(shape, work, device)
+    way, _ = _pieces(shape, work, device)
     if device == "mps" or way == "whole":
         return work.rows * work.length**2
-    prefix = passes.shared(work.prefix, device)
+    prefix = pieces.shared(work.prefix, device)
     return prefix**2 if prefix else work.prompts * work.prompt**2
 
 
 def _masks(shape: Architecture, work: Workload, device: Device) -> float:
-    """Numbers of a layer's mask where rows are padded or see an earlier pass: each layer turns the booleans into its
+    """Numbers of a layer's mask where rows are padded or see an earlier piece: each layer turns the booleans into its
     own numbers and keeps them. Without a mask, where the math path then runs, its scores are more."""
-    way, _ = _passes(shape, work, device)
+    way, _ = _pieces(shape, work, device)
     if way == "whole":
         return 0 if _math_attention(shape, work, device) else work.rows * work.length**2
-    last = work.completion if way == "prompts" else work.length - passes.shared(work.prefix, device)
+    last = work.completion if way == "prompts" else work.length - pieces.shared(work.prefix, device)
     return work.rows * last * work.length
 
 
