@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <cstdlib>
 #include <cstring>
 #include <functional>
 #include <memory>
@@ -15,7 +16,7 @@
 #define __device__
 #define __shared__ static
 #define alignas(bytes)  // MLX's arrays on a CPU begin 8 bytes behind a multiple of 16
-using std::max, std::memcpy, std::min;
+using std::max, std::memcpy, std::memset, std::min;
 
 struct __nv_bfloat16 {
     uint16_t bits;
@@ -109,6 +110,42 @@ inline unsigned __byte_perm(unsigned low, unsigned high, unsigned which) {
     return found;
 }
 
+// Copies past registers: done at the last moment, when they are waited for, or at once; a kernel must live with both.
+inline size_t room_bytes = 0;
+#define ROOM(name) \
+    static Eight name[1 << 14]; \
+    if (sizeof name < room_bytes) std::abort()
+struct Copy {
+    void* to;
+    const void* from;
+    bool there;
+    void done() const {
+        if (there) memcpy(to, from, 16);
+        else memset(to, 0, 16);
+    }
+};
+inline std::vector<std::vector<std::vector<Copy>>> copies;  // of each thread, by groups
+inline bool at_once = false;
+inline std::vector<std::vector<Copy>>& own_copies() {
+    copies.resize(fibers.size());
+    if (copies[running].empty()) copies[running].resize(1);
+    return copies[running];
+}
+inline void copy_16(void* to, const void* from, bool there) {
+    own_copies().back().push_back({to, from, there});
+    if (at_once) own_copies().back().back().done();
+}
+inline void copies_asked() { own_copies().emplace_back(); }
+template <int LAST>
+inline void copies_under_way() {
+    auto& groups = own_copies();
+    while (groups.size() > LAST + 1) {
+        for (const Copy& copy : groups.front())
+            if (!at_once) copy.done();
+        groups.erase(groups.begin());
+    }
+}
+
 struct Fragment {
     unsigned w[4], x[2];
 };
@@ -164,6 +201,7 @@ inline void launch(unsigned blocks_x, unsigned blocks_y, unsigned threads, std::
             blockIdx = {x, y};
             whole = {};
             for (auto& warp : warps) warp = {};
+            copies.clear();
             for (auto& fiber : fibers) fiber.begun = fiber.done = fiber.held = false;
             for (bool going = true; going;) {
                 going = false;

@@ -39,6 +39,7 @@ def cuda_kernel(
         threadgroup: tuple[int, int, int],
         output_shapes: Sequence[tuple[int, ...]],
         output_dtypes: Sequence[Any],
+        shared_memory: int = 0,
     ) -> list[mx.array]:
         given = [mx.contiguous(array) if contiguous else array for array in inputs]
         mx.eval(given)
@@ -63,7 +64,8 @@ def cuda_kernel(
 static void kernel({arguments}, {kind}* out) {{
 {constants}{source}
 }}
-extern "C" void run(void** data, int64_t** shapes, int64_t** strides, int x, int y, int threads) {{
+extern "C" void run(void** data, int64_t** shapes, int64_t** strides, int x, int y, int threads, int room) {{
+    room_bytes = room;
     launch(x, y, threads, [&] {{ kernel({passed}, static_cast<{kind}*>(data[{len(given)}])); }});
 }}
 """
@@ -78,7 +80,7 @@ extern "C" void run(void** data, int64_t** shapes, int64_t** strides, int x, int
         ]
         data = (ctypes.c_void_p * (len(tensors) + 1))(*(t.data_ptr() for t in tensors), out.data_ptr())
         sizes = [size // per for size, per in zip(grid, threadgroup, strict=True)]
-        _library(folder, text).run(data, *as_pointers, sizes[0], sizes[1], threadgroup[0])
+        _library(folder, text).run(data, *as_pointers, sizes[0], sizes[1], threadgroup[0], shared_memory)
         return [mx.array(out)]
 
     names = list(inputs)

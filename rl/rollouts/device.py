@@ -1,9 +1,11 @@
 """Which device MLX samples on, and what follows from it."""
 
+import functools
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from typing import Any
 
 import mlx.core as mx
 
@@ -101,14 +103,23 @@ def cuda_kernel(
     MLX keeps compiled kernels on disk by their name alone, so the name tells the source.
     """
     told = hashlib.sha256((header + source).encode()).hexdigest()[:16]
-    return mx.fast.cuda_kernel(
-        name=f"{name}_{told}",
-        input_names=list(inputs),
-        output_names=["out"],
-        source=source,
-        header=header,
-        ensure_row_contiguous=contiguous,
-    )
+
+    @functools.cache
+    def made(shared_memory: int) -> Callable[..., list[mx.array]]:
+        return mx.fast.cuda_kernel(
+            name=f"{name}_{told}" + (f"_{shared_memory}" if shared_memory else ""),
+            input_names=list(inputs),
+            output_names=["out"],
+            source=source,
+            header=header,
+            ensure_row_contiguous=contiguous,
+            shared_memory=shared_memory,
+        )
+
+    def call(*, shared_memory: int = 0, **how: Any) -> list[mx.array]:
+        return made(shared_memory)(**how)
+
+    return call
 
 
 def share_memory() -> None:

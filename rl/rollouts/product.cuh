@@ -77,6 +77,20 @@ __device__ inline void multiply(
     float (&sums)[4], unsigned w0, unsigned w1, unsigned w2, unsigned w3, unsigned x0, unsigned x1);
 
 #ifdef __CUDACC__
+// 16 bytes from a GPU's memory past registers into a block's, zeros where they are not there, as one of a group of
+// copies; waiting is for all groups but the last so many.
+__device__ inline void copy_16(void* to, const void* from, bool there) {
+    asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(
+                     static_cast<unsigned>(__cvta_generic_to_shared(to))),
+                 "l"(from), "r"(there ? 16 : 0)
+                 : "memory");
+}
+__device__ inline void copies_asked() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int LAST>
+__device__ inline void copies_under_way() {
+    asm volatile("cp.async.wait_group %0;" ::"n"(LAST) : "memory");
+}
+#define ROOM(name) extern __shared__ Eight name[]
 #define MULTIPLY(T, NAME) \
     template <> \
     __device__ inline void multiply<T>( \
