@@ -161,7 +161,7 @@ def test_a_value_too_large_for_the_sampler_is_named(gather: bool) -> None:
 def test_one_bad_value_is_seen_wherever_it_is(dtype: torch.dtype, bad: float) -> None:
     for place in (0, 1, 4097, 9999):
         tensor = torch.ones(10_000, dtype=dtype)
-        assert sync._finite(tensor)
+        assert sync.finite(tensor)
         tensor[place] = bad
-        assert not sync._finite(tensor)
-    assert sync._finite(torch.empty(0, dtype=dtype))
+        assert not sync.finite(tensor)
+    assert sync.finite(torch.empty(0, dtype=dtype))

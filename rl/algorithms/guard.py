@@ -4,9 +4,11 @@ transformers' Trainer steps the optimizer whatever the gradient is: one NaN norm
 NaN and every weight with it, while the loss stays finite and |dlogp| reads 0 (TRL maps NaN logprobs to ratio 1).
 """
 
+import math
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import torch
@@ -16,6 +18,9 @@ from rl import processes
 
 # so many skipped steps among the last WINDOW stop the run
 MOST_SKIPPED, WINDOW = 3, 20
+# sizes of the tensors that tell whether a maximum finds NaN: less than a block's and more than a chunk's
+PROBE = (1, 37, 70_001)
+BY_MAXIMUM = {"cuda"}  # a CPU has no launches to save
 # so many steps in a row with all completions alike, no reward and no entropy stop the run
 COLLAPSED_STEPS, COLLAPSED_ENTROPY = 5, 1e-2
 
@@ -182,5 +187,34 @@ def _tensors(values: Any) -> list[torch.Tensor]:
 def _finite(tensors: list[torch.Tensor]) -> bool:
     """Whether all values of all tensors are finite, with one wait for the device."""
     own = [t.detach().to_local() if hasattr(t, "to_local") else t.detach() for t in tensors if t is not None]
-    checks = [torch.isfinite(t).all() for t in own if t.numel()]
-    return bool(torch.stack(checks).all()) if checks else True
+    own = [t for t in own if t.numel()]
+    if not own:
+        return True
+    if own[0].device.type in BY_MAXIMUM and all(_maximum_tells(*kind) for kind in {(t.device, t.dtype) for t in own}):
+        return math.isfinite(_maximum(own))  # a few launches for all of them, where `isfinite` takes several for each
+    return bool(torch.stack([torch.isfinite(t).all() for t in own]).all())
+
+
+def _maximum(tensors: list[torch.Tensor]) -> float:
+    """The largest absolute value of all tensors."""
+    return torch.nn.utils.get_total_norm(tensors, norm_type=math.inf).item()
+
+
+@cache
+def _maximum_tells(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether on this device `_maximum` is finite for finite values, the largest too, and not for others, wherever
+    they are: the maximum of NaN and a number may be the number."""
+    if not dtype.is_floating_point:
+        return False
+    most = torch.finfo(dtype).max
+    tensors = [torch.full((size,), most, dtype=dtype, device=device) for size in PROBE]
+    if not math.isfinite(_maximum(tensors)):
+        return False
+    for tensor in tensors:
+        for place in {0, len(tensor) // 2, len(tensor) - 1}:
+            for value in (math.nan, math.inf, -math.inf):
+                tensor[place] = value
+                if math.isfinite(_maximum(tensors)):
+                    return False
+            tensor[place] = most
+    return True

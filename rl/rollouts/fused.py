@@ -8,7 +8,7 @@ policy has 12 products where it had 35 operations for them, with the same number
 A model's layers stay what they are and may be synced as before; `refresh` takes over what has changed.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import mlx.core as mx
@@ -94,6 +94,14 @@ class Product:
         if self.tile > 1:
             self.state["where"] = mx.array(where, mx.int32)
 
+    def hold_alone(self, layers: Sequence[nn.Module]) -> None:
+        """From here on the adapters are brought into `state` itself, without the layers (rl/rollouts/handover.py).
+        Theirs become NaN: where they were read all the same, an old policy would be sampled without a word."""
+        for layer in layers:
+            for name in ("lora_a", "lora_b") if "lora_a" in layer else ():
+                layer[name] = mx.broadcast_to(mx.array(mx.nan, layer[name].dtype), layer[name].shape)
+        self.adapters = _arrays(layers, ("lora_a", "lora_b"))
+
     def __call__(self, x: mx.array) -> mx.array:
         """(…, in) -> (…, sum of the layers' outputs), in the dtype of `x`."""
         state, flat = self.state, x.reshape(-1, x.shape[-1])
@@ -141,19 +149,26 @@ class Fused:
         self.layers = [Layer(tile) for _ in model.model.layers]
         self.turns: list[mx.array] = []  # cosines and sines of each kind of RoPE; rl/rollouts/turns.py fills them
         self.turn_of: list[int] = []  # the kind of each layer
+        self.plan: Any = None  # of bringing an adapter into them (rl/rollouts/handover.py)
         self.views: Any = None  # all of it as torch sees it, for one call (rl/rollouts/torch_step.py)
         # kinds of products of which the kernels were tried, and whether they were right
         self.right: dict[Any, bool] = {}
         self.refresh(model)
 
-    def refresh(self, model: nn.Module) -> None:
-        """Take over what a sync, or a new adapter, has changed since the last time; under a millisecond if nothing."""
-        kind, changed = model.model.norm.weight.dtype, []
+    def each(self, model: nn.Module) -> Iterator[tuple[Product, list[nn.Module]]]:
+        """Each product with the modules that it stands for."""
         for layer, module in zip(self.layers, model.model.layers, strict=True):
-            changed += [product for product, parts in layer.products(module) if product.refresh(parts)]
+            yield from layer.products(module)
+
+    def refresh(self, model: nn.Module) -> bool:
+        """Take over what a sync, or a new adapter, has changed since the last time, and say whether anything was; under
+        a millisecond if nothing."""
+        kind = model.model.norm.weight.dtype
+        changed = [product for product, parts in self.each(model) if product.refresh(parts)]
         for product in changed:
             product.state |= {n: product.state[n].astype(kind) for n in ("a", "b") if n in product.state}
         mx.eval([product.state for product in changed])  # once: each wait costs a GPU more than its work
+        return bool(changed)
 
     @property
     def state(self) -> list[dict[str, mx.array]]:

@@ -13,10 +13,11 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from rl.rollouts import device, fused, once, parity, sync
+from rl.rollouts import device, fused, handover, once, parity, sync
 from rl.rollouts.engine import Engine
 from rl.rollouts.load import load_sampler
 from rl.rollouts.result import Completion, Sampling
+from rl.rollouts.sync import SyncReport
 
 
 @dataclass
@@ -53,8 +54,20 @@ class MLXSampler:
         self.syncs = SyncTotals()
         self.base_shared_bytes = 0
 
-    def sync(self, policy: Any) -> sync.SyncReport:
+    def sync(self, policy: Any) -> SyncReport:
         """Copy the policy's adapter (if it has one) or all its weights; raises SyncError when they do not fit."""
+        report = None
+        if self.adapted and self.quantize is None and hasattr(policy, "peft_config"):
+            report = handover.hand_over(self.model, policy)
+        report = self._sync_each(policy) if report is None else report
+        self.syncs.count += 1
+        self.syncs.last_s = report.seconds
+        self.syncs.total_s += report.seconds
+        self.syncs.bytes, self.syncs.tensors, self.syncs.way = report.bytes, report.tensors, report.way
+        return report
+
+    def _sync_each(self, policy: Any) -> SyncReport:
+        """Tensor by tensor, into the model's layers, and from there into its products."""
         if self.quantize is not None:
             report = sync.sync_quantized(self.model, sync.merged_weights(policy), *self.quantize)
         elif hasattr(policy, "peft_config"):
@@ -69,10 +82,6 @@ class MLXSampler:
             started = time.perf_counter()
             products.refresh(self.model)
             report = replace(report, seconds=report.seconds + time.perf_counter() - started)
-        self.syncs.count += 1
-        self.syncs.last_s = report.seconds
-        self.syncs.total_s += report.seconds
-        self.syncs.bytes, self.syncs.tensors, self.syncs.way = report.bytes, report.tensors, report.way
         return report
 
     def hold_once(self, policy: Any) -> int:

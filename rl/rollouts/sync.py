@@ -215,8 +215,8 @@ def _transfer(part: list[tuple[str, torch.Tensor]], dtype: torch.dtype | None = 
         return _gathered(part, dtype)
     cast = [(name, tensor.detach().to(dtype or tensor.dtype)) for name, tensor in part]
     for name, tensor in cast:
-        if not _finite(tensor):
-            raise _not_finite(name, tensor.dtype)
+        if not finite(tensor):
+            raise not_finite(name, tensor.dtype)
     return [(name, transfer.to_mlx(tensor)) for name, tensor in cast]
 
 
@@ -224,9 +224,9 @@ def _gathered(part: list[tuple[str, torch.Tensor]], dtype: torch.dtype | None = 
     """All at once, with one check: each of its own would make a GPU wait hundreds of times."""
     flat = torch.cat([tensor.detach().reshape(-1) for _, tensor in part])
     flat = flat.to(dtype or flat.dtype)
-    if not _finite(flat):
-        name = next(name for name, tensor in part if not _finite(tensor.detach().to(flat.dtype)))
-        raise _not_finite(name, flat.dtype)
+    if not finite(flat):
+        name = next(name for name, tensor in part if not finite(tensor.detach().to(flat.dtype)))
+        raise not_finite(name, flat.dtype)
     # `flat` is nobody else's: where torch and MLX can share memory, gathering was the only copy
     array, start, out = transfer.way(flat.device).send(flat), 0, []
     for name, tensor in part:
@@ -235,11 +235,11 @@ def _gathered(part: list[tuple[str, torch.Tensor]], dtype: torch.dtype | None = 
     return out
 
 
-def _finite(tensor: torch.Tensor) -> bool:
+def finite(tensor: torch.Tensor) -> bool:
     """In one pass and without a mask of the tensor's size: least and largest are NaN where any value is."""
     return not tensor.numel() or bool(torch.isfinite(torch.stack(torch.aminmax(tensor))).all())
 
 
-def _not_finite(name: str, dtype: torch.dtype) -> SyncError:
+def not_finite(name: str, dtype: torch.dtype) -> SyncError:
     told = str(dtype).removeprefix("torch.")
     return SyncError(f"{name}: the trainer's weights are not finite in the sampler's {told}")
