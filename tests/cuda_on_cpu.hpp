@@ -125,7 +125,11 @@ struct Copy {
     }
 };
 inline std::vector<std::vector<std::vector<Copy>>> copies;  // of each thread, by groups
-inline bool at_once = false;
+#ifdef AT_ONCE
+constexpr bool at_once = true;
+#else
+constexpr bool at_once = false;
+#endif
 inline std::vector<std::vector<Copy>>& own_copies() {
     copies.resize(fibers.size());
     if (copies[running].empty()) copies[running].resize(1);

@@ -17,7 +17,7 @@ import rl.rollouts  # noqa: F401  binds BLAS before mlx loads
 import mlx.core as mx  # isort: skip
 import mlx.nn as nn
 
-from rl.rollouts import attention, bench, device, fused, kernels, load, parity, sync, turns
+from rl.rollouts import attention, bench, device, fused, kernels, load, parity, streamed, sync, turns
 from rl.rollouts.engine import Engine
 from rl.rollouts.forward import prefill_last
 from rl.rollouts.result import Sampling
@@ -55,7 +55,7 @@ def as_on_cuda(monkeypatch: pytest.MonkeyPatch, libraries: Path) -> None:
     monkeypatch.setattr(device, "takes_own_kernels", lambda: True)
     monkeypatch.setattr(attention, "kernel_works", lambda: False)
     monkeypatch.setattr(device, "cuda_kernel", partial(cuda_kernel, libraries))
-    for made in (kernels._product, kernels._attend):
+    for made in (kernels._product, kernels._attend, streamed._stream, streamed._finish):
         made.cache_clear()
 
 
@@ -66,7 +66,7 @@ def sampler(folder: Path, config: Any) -> Any:
     return model
 
 
-def adapters(model: Any, rank: int, names: tuple[str, ...]) -> None:
+def adapters(model: Any, rank: int, names: tuple[str, ...], size: float = 0.2) -> None:
     """LoRA with random matrices on the layers of these names."""
     torch.manual_seed(3)
     tensors = {}
@@ -74,7 +74,7 @@ def adapters(model: Any, rank: int, names: tuple[str, ...]) -> None:
         if name.rpartition(".")[2] in names:
             out = module.weight.shape[0]
             inputs = module.weight.shape[1] * (32 // module.bits if "scales" in module else 1)
-            a, b = torch.randn(rank, inputs) * 0.2, torch.randn(out, rank) * 0.2
+            a, b = torch.randn(rank, inputs) * size, torch.randn(out, rank) * size
             tensors[name] = (a.bfloat16(), b.bfloat16(), 1.5)
     sync.attach_adapter(model, tensors)
     sync.sync_adapter(model, tensors)

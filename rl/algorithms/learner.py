@@ -17,8 +17,8 @@ import torch
 import trl.trainer.utils
 
 from rl.algorithms import pieces
-from rl.algorithms.piecewise import BEHIND, Layout, Piece, attending
 from rl.algorithms.pieces import PIECE_TOKENS
+from rl.algorithms.piecewise import BEHIND, Layout, Piece, attending
 from rl.device import padded
 
 

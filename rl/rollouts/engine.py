@@ -13,7 +13,7 @@ import mlx.core as mx
 import numpy as np
 
 from rl.errors import UserError
-from rl.rollouts import attention, cache, device, fused, kernels, parted, torch_step, turns
+from rl.rollouts import attention, cache, device, fused, parted, torch_step, turns
 from rl.rollouts.forward import head, hidden_states, prefill, prefill_last
 from rl.rollouts.result import Completion, Sampling, Totals
 from rl.rollouts.sampling import sample, uniforms_for
@@ -142,7 +142,7 @@ def decode_step(model: Any, layout: type, sampling: Sampling | None) -> Callable
         masks = [seen[kinds.index(window)] for window in windows]
         if few:
             prompts, rings = (list(zip(*arrays[name], strict=True)) for name in ("prompt", "ring"))
-            hidden_B_D = kernels.hidden_states(model, token_B, position_B, prompts, rings, masks, column)
+            hidden_B_D = parted.hidden_states(model, token_B, position_B, prompts, rings, masks, column)
             logits_B_V, own = head(model, hidden_B_D), []  # written in place
         elif views is not None:
 

@@ -3,8 +3,8 @@
 An operation costs the host 6 µs there and a product, which is cuBLAS's to plan, 35, whatever its size; a layer with
 LoRA takes 21 operations, 12 of them products. Here it takes five: queries, keys and values with their norm before;
 attention with RoPE and the new key and value (attend.cu); its output's product and the sum with what went in; gate and
-up with norm and SiLU; down and the sum (product.cu; wide.cu for large layers). Adapters, biases and 4- or 8-bit codes
-are read inside.
+up with norm and SiLU; down and the sum (product.cu; wide.cu for many rows of large layers). Adapters, biases and 4- or
+8-bit codes are read inside. A large model of weights as they are goes by rl/rollouts/streamed.py.
 
 No test machine has CUDA: the tests run the same sources on a CPU (tests/cuda_on_cpu.hpp), and here they are tried on
 numbers, against the operations that they replace, before they are used; where they fail, or do not know the model, the
@@ -199,21 +199,21 @@ def _shares(rows: int, heads: int, together: int, width: int) -> tuple[int, int,
 
 @cache
 def _product(name: str, eps: float | None) -> Callable[..., list[mx.array]]:
-    return device.cuda_kernel(name, INPUTS, _read(f"{name}.cu"), _header(EPS=eps), contiguous=True)
+    return device.cuda_kernel(name, INPUTS, read(f"{name}.cu"), header(EPS=eps), contiguous=True)
 
 
 @cache
 def _attend(scale: float, eps: float | None) -> Callable[..., list[mx.array]]:
-    return device.cuda_kernel("attend", ATTEND_INPUTS, _read("attend.cu"), _header(SCALE=scale, EPS=eps))
+    return device.cuda_kernel("attend", ATTEND_INPUTS, read("attend.cu"), header(SCALE=scale, EPS=eps))
 
 
-def _read(name: str) -> str:
+def read(name: str) -> str:
     return (FOLDER / name).read_text(encoding="utf-8")
 
 
-def _header(**constants: float | None) -> str:
+def header(**constants: float | None) -> str:
     told = [f"constexpr float {name} = {value or 0.0!r}f;" for name, value in constants.items()]
-    return "\n".join([*told, _read("product.cuh")])
+    return "\n".join([*told, read("product.cuh")])
 
 
 def usable(model: Any) -> bool:
@@ -227,7 +227,7 @@ def usable(model: Any) -> bool:
         return False
     kind = tuple((tuple(p.settings.items()), p.rank, "bias" in p.state) for p in products.layers[0].every)
     if kind not in products.right:
-        products.right[kind] = _knows(model) and _right(model)
+        products.right[kind] = _knows(model) and right(model, _trial)
     return products.right[kind]
 
 
@@ -257,14 +257,22 @@ def _fits(one: fused.Product, dtype: mx.Dtype) -> bool:
     )
 
 
-def _right(model: Any) -> bool:
+Trial = Callable[[Any, Callable[..., mx.array]], dict[str, tuple[mx.array, mx.array]]]
+
+
+def right(model: Any, trial: Trial) -> bool:
     """Whether each kernel gives what the operations give, on the first layer's weights and random inputs, adapters."""
+    dtype = model.model.norm.weight.dtype
+
+    def normal(*shape: int) -> mx.array:
+        return mx.random.normal(shape, key=mx.random.key(sum(shape))).astype(dtype)
+
     try:
-        apart = {name: _apart(*pair) for name, pair in _trial(model).items()}
+        apart = {name: _apart(*pair) for name, pair in trial(model, normal).items()}
     except (RuntimeError, ValueError) as error:
         log.warning("decoding goes on without fused kernels: %s", str(error).splitlines()[0])
         return False
-    most = TOLERANCE[model.model.norm.weight.dtype]
+    most = TOLERANCE[dtype]
     wrong = ", ".join(f"{name} by {value:.1e}" for name, value in apart.items() if not value < most)
     if wrong:
         log.warning("decoding goes on without fused kernels, which are off here: %s", wrong)
@@ -277,15 +285,11 @@ def _apart(found: mx.array, expected: mx.array) -> float:
     return (mx.abs(found - expected).max() / mx.abs(expected).max()).item()
 
 
-def _trial(model: Any) -> dict[str, tuple[mx.array, mx.array]]:
+def _trial(model: Any, normal: Callable[..., mx.array]) -> dict[str, tuple[mx.array, mx.array]]:
     """What each kernel gives, and what the operations give."""
-    layer, own, dtype = model.model.layers[0], fused.of(model).layers[0], model.model.norm.weight.dtype
+    layer, own = model.model.layers[0], fused.of(model).layers[0]
     module, many = layer.self_attn, WIDE_ROWS + 7
-
-    def normal(*shape: int) -> mx.array:
-        return mx.random.normal(shape, key=mx.random.key(sum(shape))).astype(dtype)
-
-    qkv, o, gate_up, down = (_shaken(one, normal) for one in own.every)
+    qkv, o, gate_up, down = (shaken(one, normal) for one in own.every)
     out = _attention_trial(module, normal)
     for rows in (5, many):  # either kernel of a large layer
         x, attended, between = (
@@ -338,7 +342,7 @@ def _attention_trial(module: nn.Module, normal: Callable[..., mx.array]) -> dict
     return out
 
 
-def _shaken(one: fused.Product, normal: Callable[..., mx.array]) -> fused.Product:
+def shaken(one: fused.Product, normal: Callable[..., mx.array]) -> fused.Product:
     """`one` with an adapter that does something: a fresh one does not."""
     out = fused.Product(one.tile)
     out.settings, out.sizes, out.rank, out.state = one.settings, one.sizes, one.rank, dict(one.state)

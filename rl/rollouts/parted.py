@@ -11,7 +11,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from rl.rollouts import cache, fused, kernels
+from rl.rollouts import cache, fused, kernels, streamed
 from rl.rollouts.forward import Prefilled
 
 
@@ -22,7 +22,15 @@ def layout_of(model: Any, *, grouped: bool) -> type:
         return cache.Grouped
     if (products := fused.of(model)) is not None:
         products.refresh(model)
-    return Parted if kernels.usable(model) else cache.Joined
+    if not kernels.usable(model):
+        return cache.Joined
+    streamed.usable(model)  # tried now: not while a step is compiled
+    return Parted
+
+
+def hidden_states(model: Any, *given: Any) -> mx.array:
+    """As `kernels.hidden_states`, by the kernels that `layout_of` has found to do it."""
+    return (streamed if streamed.chosen(model) else kernels).hidden_states(model, *given)
 
 
 class Parted:

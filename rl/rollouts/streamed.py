@@ -5,7 +5,8 @@ product have few outputs of many inputs, so their inputs are shared out too (str
 the parts, the adapter's and what went in, and norms the sum for the product that comes next (finish.cu).
 """
 
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
@@ -15,7 +16,10 @@ import mlx.nn as nn
 from rl.rollouts import device, fused, kernels
 from rl.rollouts.fused import TILE
 
-WARPS, ROOM = 8, 220_000  # bytes of shared memory that a block may have, and some to spare
+WARPS = 8  # of a block
+STAGES, ROOM = 8, 200_000  # chunks on their way, as a block's shared memory has room for
+LARGE = 2_000_000  # weights from which on a product waits for them rather than for its launch
+LONG = 4096  # inputs from which on they are in 8 parts
 INPUTS = ("rows", "weight", "a", "b", "where", "bias")
 FINISH_INPUTS = ("parts", "b", "where", "bias", "more", "gamma")
 
@@ -36,12 +40,31 @@ class Shape:
         """Inputs."""
         return max(64, 32 * (WARPS // self.warps))
 
+    def stage_bytes(self, sides: int, ranks: int) -> int:
+        """Of one chunk."""
+        return 2 * self.chunk * (16 * sides * self.tiles * self.warps + self._low(sides, ranks) + 8 * self.rows)
+
     def bytes(self, sides: int, ranks: int) -> int:
         """Of shared memory: chunks on their way, and at the end the warps' sums."""
-        low = 0 if self.split > 1 else 16 * sides * ranks
-        lines = 16 * sides * self.tiles * self.warps + low + 8 * self.rows
-        sums = WARPS * sides * self.tiles * self.rows * 512 + 16 * self.rows * low
-        return max(lines * self.chunk * 2 * self.stages, sums)
+        sums = WARPS * sides * self.tiles * self.rows * 512 + 16 * self.rows * self._low(sides, ranks)
+        return max(self.stages * self.stage_bytes(sides, ranks), sums)
+
+    def _low(self, sides: int, ranks: int) -> int:
+        return 0 if self.split > 1 else 16 * sides * ranks
+
+
+def shape_of(one: fused.Product, rows: int, *, parts: bool = False, gated: bool = False) -> Shape | None:
+    """What was fastest on an H200 for 16 and 64 rows of 1.7B; None for a product that is not large, or not of the kind:
+    weights as they are, a block in one layer, whole chunks of inputs, and a warp for each of A's tiles."""
+    if one.settings or one.inputs * sum(one.sizes) < LARGE or one.rank > 2 * TILE:
+        return None
+    low, eights = 0 if parts else (2 if gated else 1) * one.rank // TILE, 2 if rows <= 16 else 4 if rows <= 32 else 8
+    tiles, warps, split = (2, 2, 8 if one.inputs >= LONG else 4) if parts else (1, 2 if low <= 2 else 4, 1)
+    shape = Shape(tiles, warps, eights, 1, split)
+    fits = one.inputs % (shape.chunk * split) == 0 and all(size % (TILE * tiles * warps) == 0 for size in one.sizes)
+    if not fits or (parts and len(one.sizes) > 1):
+        return None
+    return replace(shape, stages=max(2, min(STAGES, ROOM // shape.stage_bytes(2 if gated else 1, one.rank // TILE))))
 
 
 def product(one: fused.Product, rows_M_K: mx.array, shape: Shape, *, gated: bool = False) -> mx.array:
@@ -94,11 +117,93 @@ def finish(one: fused.Product, parts: mx.array, more_M_N: mx.array, norm: nn.RMS
     return out[0], out[1]
 
 
+def hidden_states(
+    model: Any,
+    token_B: mx.array,
+    position_B: mx.array,
+    prompts: Sequence[kernels.Pair],
+    rings: Sequence[kernels.Pair],
+    spans: Sequence[mx.array],
+    column: mx.array,
+) -> mx.array:
+    """As `kernels.hidden_states`, of a model that is `usable`."""
+    inner, products, rows = model.model, fused.of(model), len(token_B)
+    x = inner.embed_tokens(token_B)
+    tables = [table[position_B] for table in products.turns]
+    layers = inner.layers
+    after = [*(layer.input_layernorm for layer in layers[1:]), inner.norm]
+    normed = layers[0].input_layernorm(x)
+    for i, layer in enumerate(layers):
+        own, module, turn = products.layers[i], layer.self_attn, tables[products.turn_of[i]]
+        qkv = product(own.qkv, normed, shape_of(own.qkv, rows))
+        attended = kernels.attend(module, qkv, turn, prompts[i], rings[i], spans[i], column)
+        parts = product(own.o, attended, shape_of(own.o, rows, parts=True))
+        x, normed = finish(own.o, parts, x, layer.post_attention_layernorm)
+        between = product(own.gate_up, normed, shape_of(own.gate_up, rows, gated=True), gated=True)
+        parts = product(own.down, between, shape_of(own.down, rows, parts=True))
+        x, normed = finish(own.down, parts, x, after[i])
+    return normed
+
+
+def usable(model: Any) -> bool:
+    """Whether `hidden_states` may decode this model, which `kernels.usable` has said yes to: all its products are
+    large, and the kernels were right on them. The trial is made once for each kind of products; call it as that."""
+    products = fused.of(model)
+    key = _key(products)
+    if key not in products.right:
+        products.right[key] = _knows(products) and kernels.right(model, _trial)
+    return products.right[key]
+
+
+def chosen(model: Any) -> bool:
+    """What `usable` found, also while a step is compiled."""
+    return fused.of(model).right.get(_key(fused.of(model)), False)
+
+
+def _key(products: fused.Fused) -> tuple[Any, ...]:
+    return ("streamed", *((tuple(p.settings.items()), p.rank, "bias" in p.state) for p in products.layers[0].every))
+
+
+def _knows(products: fused.Fused) -> bool:
+    def shapes(own: fused.Layer) -> list[Shape | None]:
+        return [
+            shape_of(own.qkv, 1),
+            shape_of(own.o, 1, parts=True),
+            shape_of(own.gate_up, 1, gated=True),
+            shape_of(own.down, 1, parts=True),
+        ]
+
+    return all(shape is not None for own in products.layers for shape in shapes(own))
+
+
+def _trial(model: Any, normal: Callable[..., mx.array]) -> dict[str, tuple[mx.array, mx.array]]:
+    """What each kernel gives, and what the operations give, for few rows and for more than a block has."""
+    layer, own, out = model.model.layers[0], fused.of(model).layers[0], {}
+    qkv, o, gate_up, down = (kernels.shaken(one, normal) for one in own.every)
+    norm = layer.post_attention_layernorm
+    for rows in (5, 71):
+        x, more = normal(rows, qkv.inputs), normal(rows, qkv.inputs)
+        gate, up = mx.split(gate_up(x), 2, axis=-1)
+        out[f"queries, keys and values of {rows} rows"] = product(qkv, x, shape_of(qkv, rows)), qkv(x)
+        found = product(gate_up, x, shape_of(gate_up, rows, gated=True), gated=True)
+        out[f"gate and up of {rows} rows"] = found, nn.silu(gate) * up
+        for name, one in (("attention's output", o), ("down", down)):
+            x = normal(rows, one.inputs)
+            expected = more + one(x)
+            found = finish(one, product(one, x, shape_of(one, rows, parts=True)), more, norm)
+            out[f"{name} of {rows} rows"], out[f"{name}, normed, of {rows} rows"] = zip(
+                found, (expected, norm(expected)), strict=True
+            )
+    return out
+
+
 @cache
 def _stream() -> Any:
-    return device.cuda_kernel("stream", INPUTS, kernels._read("stream.cu"), kernels._header(), contiguous=True)
+    return device.cuda_kernel("stream", INPUTS, kernels.read("stream.cu"), kernels.header(), contiguous=True)
 
 
 @cache
 def _finish(eps: float) -> Any:
-    return device.cuda_kernel("finish", FINISH_INPUTS, kernels._read("finish.cu"), kernels._header(EPS=eps), contiguous=True)
+    return device.cuda_kernel(
+        "finish", FINISH_INPUTS, kernels.read("finish.cu"), kernels.header(EPS=eps), contiguous=True
+    )
