@@ -15,10 +15,11 @@ import rl.rollouts  # noqa: F401  binds BLAS before mlx loads
 
 import mlx.core as mx  # isort: skip
 from rl.errors import RunFailed, UserError
-from rl.rollouts import cache, device, load, parity
+from rl.rollouts import cache, device, fused, grouped, load, parity, routes, torch_prefill, torch_step
 from rl.rollouts import engine as engines
-from rl.rollouts.engine import Engine, common_prefix
+from rl.rollouts.engine import Engine
 from rl.rollouts.forward import prefill
+from rl.rollouts.pool import common_prefix
 from rl.rollouts.result import GREEDY, Sampling
 
 VOCABULARY = 61
@@ -57,6 +58,25 @@ def windowed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any]:
     folder = tmp_path_factory.mktemp("windowed")
     model = make(folder, WINDOWED)
     return model, load.load_sampler(folder)
+
+
+@pytest.fixture(scope="module")
+def by_torch(llama: tuple[Any, Any], windowed: tuple[Any, Any], tmp_path_factory: Any) -> list[tuple[Any, Any]]:
+    """The same two, run by torch from the prompts to the tokens, on a CPU."""
+    made = []
+    for model, _ in (llama, windowed):
+        folder = tmp_path_factory.mktemp("by_torch")
+        model.save_pretrained(folder)
+        made.append((model, load.load_sampler(folder)))
+        fused.fuse(made[-1][1])
+    return made
+
+
+def family_of(request: pytest.FixtureRequest, family: str) -> tuple[Any, Any]:
+    """One of the four pairs above by its name."""
+    if family.endswith("by torch"):
+        return request.getfixturevalue("by_torch")[family.startswith("windowed")]
+    return request.getfixturevalue(family)
 
 
 def reference(model: Any, prompt: list[int], tokens: list[int], temperature: float = 1.0) -> np.ndarray:
@@ -104,8 +124,14 @@ def alone(sampler: Any, prompt: list[int], row: int, seed: int, how: Sampling, e
     return tokens
 
 
-@pytest.mark.parametrize("family", ["llama", "windowed"])
-@pytest.mark.parametrize("grouped", [True, False])
+@pytest.mark.parametrize(
+    ("family", "by_group"),
+    [
+        *[(family, by_group) for family in ("llama", "windowed") for by_group in (True, False)],
+        ("llama by torch", True),
+        ("windowed by torch", True),
+    ],
+)
 @settings(max_examples=5, deadline=None, suppress_health_check=list(HealthCheck))
 @given(
     lengths=st.lists(st.integers(1, 9), min_size=1, max_size=4),
@@ -122,7 +148,7 @@ def alone(sampler: Any, prompt: list[int], row: int, seed: int, how: Sampling, e
 def test_a_completion_does_not_depend_on_its_neighbours(
     request: pytest.FixtureRequest,
     family: str,
-    grouped: bool,
+    by_group: bool,
     lengths: list[int],
     shared: int,
     group: int,
@@ -136,13 +162,13 @@ def test_a_completion_does_not_depend_on_its_neighbours(
 ) -> None:
     """Any batch, order, refill, memory bound, shrinking, look and layout: in fp32 the tokens of each row decoded by
     itself and the trainer's logprobs. `fixed` keeps shapes as for a compiled step."""
-    model, sampler = request.getfixturevalue(family)
+    model, sampler = family_of(request, family)
     generator = np.random.default_rng(seed)
     start = generator.integers(0, VOCABULARY, shared).tolist()
     prompts = [start + generator.integers(0, VOCABULARY, n).tolist() for n in lengths]
     prompts = [prompts[i] for i in generator.permutation(np.repeat(np.arange(len(prompts)), group))]
     how = Sampling(temperature=temperature)
-    engine = Engine(sampler, eos, max_batch=max_batch, max_batch_tokens=tokens, grouped=grouped, compiled=fixed)
+    engine = Engine(sampler, eos, max_batch=max_batch, max_batch_tokens=tokens, grouped=by_group, compiled=fixed)
     engine.look_every = look_every
     if fixed:
         engine.step = lambda sampling, layout: engines.decode_step(sampler, layout, sampling)
@@ -156,23 +182,30 @@ def test_a_completion_does_not_depend_on_its_neighbours(
         np.testing.assert_allclose(completion.logprobs, expected, atol=2e-4)
 
 
-def test_rows_wait_refill_and_wrap_around_the_ring(llama: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("family", ["llama", "windowed", "llama by torch", "windowed by torch"])
+def test_rows_wait_refill_and_wrap_around_the_ring(
+    request: pytest.FixtureRequest, family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Forty prompts through three rows and a ring of 7 columns that starts with 2; no prompt is read twice, though its
     completions do not all fit at once."""
-    model, sampler = llama
+    model, sampler = family_of(request, family)
     monkeypatch.setattr(cache, "RING_STEP", 2)
     read: list[tuple[int, ...]] = []
-    real = engines.prefill_last
 
-    def counted(model: Any, prompts: Any, common: Any) -> Any:
-        read.extend(tuple(p) for p in prompts)
-        return real(model, prompts, common)
+    def counting(real: Any) -> Any:
+        def counted(model: Any, prompts: Any, common: Any) -> Any:
+            if common is not None:
+                read.extend(tuple(p) for p in prompts)
+            return real(model, prompts, common)
 
-    monkeypatch.setattr(engines, "prefill_last", counted)
+        return counted
+
+    monkeypatch.setattr(routes, "prefill_last", counting(routes.prefill_last))
+    monkeypatch.setattr(torch_prefill, "read", counting(torch_prefill.read))
     prompts = [[7, i % 10 + 20, *[3] * (i % 4)] for i in range(40)]
-    for grouped in (True, False):
+    for by_group in (True,) if family.endswith("torch") else (True, False):
         read.clear()
-        engine = Engine(sampler, [EOS, 5, 9, 11], max_batch=3, grouped=grouped, compiled=False)
+        engine = Engine(sampler, [EOS, 5, 9, 11], max_batch=3, grouped=by_group, compiled=False)
         done = engine.generate(prompts, Sampling(), max_tokens=7, seed=1)
         assert len(read) == len(set(read)) == len({tuple(p) for p in prompts})
         assert len({len(c.tokens) for c in done}) > 3  # lengths differ, so that rows joined at different steps
@@ -181,8 +214,12 @@ def test_rows_wait_refill_and_wrap_around_the_ring(llama: tuple[Any, Any], monke
             np.testing.assert_allclose(completion.logprobs, expected, atol=2e-4)
 
 
-def test_a_long_completion_does_not_hold_the_waiting(llama: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("family", ["llama", "llama by torch"])
+def test_a_long_completion_does_not_hold_the_waiting(
+    request: pytest.FixtureRequest, family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Trap: in waves each takes as long as its longest row. Here the steps are those of the rows' sum, nearly."""
+    _, sampler = family_of(request, family)
     steps = 0
     real = engines.decode_step
 
@@ -196,8 +233,15 @@ def test_a_long_completion_does_not_hold_the_waiting(llama: tuple[Any, Any], mon
 
         return run
 
+    def by_torch(*given: Any) -> Any:
+        nonlocal steps
+        steps += 1
+        return logits(*given)
+
+    logits = torch_step.logits
+    monkeypatch.setattr(torch_step, "logits", by_torch)
     monkeypatch.setattr(engines, "decode_step", counted)
-    engine = Engine(llama[1], [EOS, 3, 5, 7], max_batch=4, grouped=True, compiled=False)
+    engine = Engine(sampler, [EOS, 3, 5, 7], max_batch=4, grouped=True, compiled=False)
     done = engine.generate([[i % 50 + 5] for i in range(64)], Sampling(), max_tokens=60, seed=3)
     lengths = [len(c.tokens) for c in done]
     waves = sum(max(lengths[i : i + 4]) for i in range(0, 64, 4))
@@ -205,29 +249,31 @@ def test_a_long_completion_does_not_hold_the_waiting(llama: tuple[Any, Any], mon
     assert steps < sum(lengths) / 4 + max(lengths) < waves
 
 
-@pytest.mark.parametrize("grouped", [True, False])
+@pytest.mark.parametrize(("family", "by_group"), [("llama", True), ("llama", False), ("llama by torch", True)])
 def test_held_tokens_stay_within_max_batch_tokens(
-    llama: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch, grouped: bool
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, family: str, by_group: bool
 ) -> None:
+    _, sampler = family_of(request, family)
     held: list[int] = []
-    layout = cache.Grouped if grouped else cache.Joined
-    real = layout.arrays
+    layout, about = (grouped.Grouped, "coming") if by_group else (cache.Joined, "arrays")
+    real = getattr(layout, about)
 
-    def arrays(self: Any) -> Any:
-        out = real(self)
-        held.append(sum(a.shape[0] * a.shape[2] for a in (x[0][0] for x in out.values() if isinstance(x, list))))
+    def heard(self: Any, *told: Any) -> Any:
+        out = real(self, *told)
+        parts = [self.prompt[0], self.own[0]] if by_group else [self.own[0][0]]
+        held.append(sum(a.shape[-4 if not by_group else -3] * a.shape[-2] for a in parts))
         return out
 
-    monkeypatch.setattr(layout, "arrays", arrays)
+    monkeypatch.setattr(layout, about, heard)
     monkeypatch.setattr(cache, "RING_STEP", 4)
     prompts = [[i] * (2 + i % 9) for i in range(3, 30) for _ in range(2)]
-    engine = Engine(llama[1], [EOS], max_batch_tokens=100, grouped=grouped, compiled=False)
+    engine = Engine(sampler, [EOS], max_batch_tokens=100, grouped=by_group, compiled=False)
     done = engine.generate(prompts, Sampling(), max_tokens=8, seed=3)
     assert len(done) == len(prompts)
     # a joined prompt's columns come in steps of RING_STEP
-    assert 50 < max(held) <= (100 if grouped else 100 + 4 * 8)
+    assert 50 < max(held) <= (100 if by_group else 100 + 4 * 8)
     with pytest.raises(UserError, match=r"\[rollout\] max_batch_tokens: found 15, valid: ≥ the longest prompt's 10"):
-        Engine(llama[1], [EOS], max_batch_tokens=15).generate(prompts, Sampling(), max_tokens=8)
+        Engine(sampler, [EOS], max_batch_tokens=15).generate(prompts, Sampling(), max_tokens=8)
 
 
 def test_bytes_per_token_are_those_of_the_arrays(llama: tuple[Any, Any], windowed: tuple[Any, Any]) -> None:
@@ -258,10 +304,15 @@ def test_a_compiled_step_follows_the_weights(
     assert np.abs(np.subtract(first[0].logprobs[0], second[0].logprobs[0])) > 1e-3
 
 
-@pytest.mark.parametrize("look_every", [1, 4])
-def test_stop_texts_end_a_completion_with_their_last_token(llama: tuple[Any, Any], look_every: int) -> None:
+@pytest.mark.parametrize(
+    ("family", "by_group", "look_every"), [("llama", True, 1), ("llama", False, 4), ("llama by torch", True, 1)]
+)
+def test_stop_texts_end_a_completion_with_their_last_token(
+    request: pytest.FixtureRequest, family: str, by_group: bool, look_every: int
+) -> None:
     """Texts over several tokens, each row with its own; what was drawn behind it before the look is cut off."""
-    engine = Engine(llama[1], [60], decode=letters, max_batch=3)
+    _, sampler = family_of(request, family)
+    engine = Engine(sampler, [60], decode=letters, max_batch=3, grouped=by_group)
     engine.look_every = look_every
     prompts = [[i + 3] for i in range(12)]
     free = engine.generate(prompts, Sampling(), max_tokens=12, seed=5)
@@ -275,11 +326,12 @@ def test_stop_texts_end_a_completion_with_their_last_token(llama: tuple[Any, Any
         assert after.logprobs == pytest.approx(before.logprobs[: len(after.tokens)], abs=1e-4)
     assert sum(len(c.tokens) < 12 for c in done) >= 7
     with pytest.raises(ValueError, match="decode"):
-        Engine(llama[1], [60], stop=("A",)).generate(prompts, Sampling(), max_tokens=2)
+        Engine(sampler, [60], stop=("A",)).generate(prompts, Sampling(), max_tokens=2)
 
 
-def test_greedy_is_the_argmax_of_transformers(llama: tuple[Any, Any]) -> None:
-    model, sampler = llama
+@pytest.mark.parametrize("family", ["llama", "windowed", "llama by torch", "windowed by torch"])
+def test_greedy_is_the_argmax_of_transformers(request: pytest.FixtureRequest, family: str) -> None:
+    model, sampler = family_of(request, family)
     prompts = [[5, 9, 11], [5, 9, 11, 40, 3], [7]]
     for prompt, completion in zip(prompts, Engine(sampler, [EOS]).generate(prompts, GREEDY, max_tokens=6), strict=True):
         out = model.generate(
@@ -289,7 +341,10 @@ def test_greedy_is_the_argmax_of_transformers(llama: tuple[Any, Any]) -> None:
         np.testing.assert_allclose(completion.logprobs, reference(model, prompt, completion.tokens), atol=2e-4)
 
 
-def test_a_row_that_is_not_finite_is_marked_and_spares_the_others(llama: tuple[Any, Any], tmp_path: Path) -> None:
+@pytest.mark.parametrize("by_torch", [False, True])
+def test_a_row_that_is_not_finite_is_marked_and_spares_the_others(
+    llama: tuple[Any, Any], tmp_path: Path, by_torch: bool
+) -> None:
     """Trap: TRL turns a NaN logprob into ratio 1, and the sampler looks perfect."""
     model, _ = llama
     model.save_pretrained(tmp_path)
@@ -297,6 +352,8 @@ def test_a_row_that_is_not_finite_is_marked_and_spares_the_others(llama: tuple[A
     weight = np.array(broken.model.embed_tokens.weight)
     weight[17] = np.nan
     broken.model.embed_tokens.weight = mx.array(weight)
+    if by_torch:
+        fused.fuse(broken)
     good, bad = Engine(broken, [EOS]).generate([[5, 6], [5, 17]], Sampling(), max_tokens=3)
     assert not bad.finite
     assert bad.tokens == [EOS]

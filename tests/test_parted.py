@@ -12,7 +12,7 @@ import rl.rollouts  # noqa: F401  binds BLAS before mlx loads
 
 import mlx.core as mx  # isort: skip
 
-from rl.rollouts import cache, forward, kernels, lent, load, parted
+from rl.rollouts import cache, forward, grouped, kernels, lent, load, parted
 from rl.rollouts import engine as engines
 from rl.rollouts.engine import Engine
 from rl.rollouts.result import Sampling
@@ -148,4 +148,4 @@ def test_which_layout_a_model_is_given(usable: bool, llama: tuple[Any, Any], mon
     """One that any operation reads where the kernels may not decode."""
     monkeypatch.setattr(kernels, "usable", lambda model: usable)
     assert parted.layout_of(llama[1], grouped=False) is (parted.Parted if usable else cache.Joined)
-    assert parted.layout_of(llama[1], grouped=True) is cache.Grouped
+    assert parted.layout_of(llama[1], grouped=True) is grouped.Grouped

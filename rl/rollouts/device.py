@@ -65,7 +65,7 @@ def steps_between_syncs() -> int:
 
 
 def groups_share_keys() -> bool:
-    """Whether a group's prompt is held and multiplied once by torch (`cache.Grouped`), rather than once a row
+    """Whether a group's prompt is held and multiplied once by torch (`grouped.Grouped`), rather than once a row
     (`cache.Joined`), or once by a kernel where there is one (`parted.Parted`).
 
     On CPU it saves most of attention's time at long prompts. Elsewhere it would trade one fused attention a layer for

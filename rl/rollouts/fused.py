@@ -150,7 +150,6 @@ class Fused:
         self.turns: list[mx.array] = []  # cosines and sines of each kind of RoPE; rl/rollouts/turns.py fills them
         self.turn_of: list[int] = []  # the kind of each layer
         self.plan: Any = None  # of bringing an adapter into them (rl/rollouts/handover.py)
-        self.views: Any = None  # all of it as torch sees it, for one call (rl/rollouts/torch_step.py)
         # kinds of products of which the kernels were tried, and whether they were right
         self.right: dict[Any, bool] = {}
         self.refresh(model)

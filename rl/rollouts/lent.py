@@ -69,6 +69,14 @@ def linear_of(state: dict[str, torch.Tensor], x: torch.Tensor) -> torch.Tensor:
     return out.addmm_(x @ state["a"].T, state["b"]) if "a" in state else out
 
 
+def add_linear(x: torch.Tensor, state: dict[str, torch.Tensor], y: torch.Tensor) -> torch.Tensor:
+    """`linear_of(state, y)` added to x, in place."""
+    if "bias" in state or state["weight"].numel() >= SMALL:
+        return x.add_(linear_of(state, y))
+    x.addmm_(y, state["weight"].T)
+    return x.addmm_(y @ state["a"].T, state["b"]) if "a" in state else x
+
+
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """x @ weight.T + bias. By oneDNN where the weight is not small: on AMD's CPUs it is twice as fast as MKL, to which
     torch gives float32 products."""

@@ -1,8 +1,9 @@
 """The cache of a CUDA decode step: each prompt once, and a ring of drawn tokens a row, for the kernels to read.
 
-Like `cache.Grouped` it holds a prompt once for all its completions, but in MLX's memory, and a kernel reads it once for
-the rows that have it (rl/rollouts/attend.cu). Rows stay where they are when others come and go: a block takes rows that
-are neighbours in `seen`, where they stand by prompt, and which is made at each look of the host and not at each step.
+Like `grouped.Grouped` it holds a prompt once for all its completions, but in MLX's memory, and a kernel reads it once
+for the rows that have it (rl/rollouts/attend.cu). Rows stay where they are when others come and go: a block takes rows
+that are neighbours in `seen`, where they stand by prompt, and which is made at each look of the host and not at each
+step.
 """
 
 from collections.abc import Iterable
@@ -12,6 +13,7 @@ import mlx.core as mx
 import numpy as np
 
 from rl.rollouts import cache, fused, kernels, streamed
+from rl.rollouts import grouped as grouped_by_torch
 from rl.rollouts.forward import Prefilled
 
 
@@ -19,7 +21,7 @@ def layout_of(model: Any, *, grouped: bool) -> type:
     """The cache's layout for this model: `grouped` where torch attends, else one for the kernels where they may decode
     it as it is now, or one that any attention reads."""
     if grouped:
-        return cache.Grouped
+        return grouped_by_torch.Grouped
     if (products := fused.of(model)) is not None:
         products.refresh(model)
     if not kernels.usable(model):
