@@ -28,7 +28,14 @@ compiler = shutil.which("g++") or shutil.which("clang++")
 
 
 def cuda_kernel(
-    folder: Path, name: str, inputs: Sequence[str], source: str, header: str = "", *, contiguous: bool = False
+    folder: Path,
+    name: str,
+    inputs: Sequence[str],
+    source: str,
+    header: str = "",
+    *,
+    contiguous: bool = False,
+    outputs: Sequence[str] = ("out",),
 ) -> Callable[..., list[mx.array]]:
     """As `device.cuda_kernel`, each thread a fiber (tests/cuda_on_cpu.hpp); libraries are kept in `folder`."""
 
@@ -44,7 +51,7 @@ def cuda_kernel(
         given = [mx.contiguous(array) if contiguous else array for array in inputs]
         mx.eval(given)
         tensors = [torch.from_dlpack(array) for array in given]
-        out = torch.from_dlpack(_zeros(output_shapes[0], output_dtypes[0]))
+        out = [torch.from_dlpack(_zeros(*told)) for told in zip(output_shapes, output_dtypes, strict=True)]
         arguments = ", ".join(
             f"const {TYPES[array.dtype]}* {name}, Numbers {name}_shape, Numbers {name}_strides"
             for name, array in zip(names, given, strict=True)
@@ -57,16 +64,19 @@ def cuda_kernel(
             f"static_cast<const {TYPES[array.dtype]}*>(data[{i}]), Numbers{{shapes[{i}]}}, Numbers{{strides[{i}]}}"
             for i, array in enumerate(given)
         )
-        kind = TYPES[output_dtypes[0]]
+        results = ", ".join(f"{TYPES[dtype]}* {name}" for dtype, name in zip(output_dtypes, outputs, strict=True))
+        made = ", ".join(
+            f"static_cast<{TYPES[dtype]}*>(data[{len(given) + i}])" for i, dtype in enumerate(output_dtypes)
+        )
         text = f"""#include "cuda_on_cpu.hpp"
 {header}
 {MULTIPLY}
-static void kernel({arguments}, {kind}* out) {{
+static void kernel({arguments}, {results}) {{
 {constants}{source}
 }}
 extern "C" void run(void** data, int64_t** shapes, int64_t** strides, int x, int y, int threads, int room) {{
     room_bytes = room;
-    launch(x, y, threads, [&] {{ kernel({passed}, static_cast<{kind}*>(data[{len(given)}])); }});
+    launch(x, y, threads, [&] {{ kernel({passed}, {made}); }});
 }}
 """
         assert all(size % per == 0 for size, per in zip(grid, threadgroup, strict=True))
@@ -78,10 +88,10 @@ extern "C" void run(void** data, int64_t** shapes, int64_t** strides, int x, int
             (ctypes.POINTER(ctypes.c_int64) * len(row))(*(ctypes.cast(n, ctypes.POINTER(ctypes.c_int64)) for n in row))
             for row in numbers
         ]
-        data = (ctypes.c_void_p * (len(tensors) + 1))(*(t.data_ptr() for t in tensors), out.data_ptr())
+        data = (ctypes.c_void_p * (len(tensors) + len(out)))(*(t.data_ptr() for t in [*tensors, *out]))
         sizes = [size // per for size, per in zip(grid, threadgroup, strict=True)]
         _library(folder, text).run(data, *as_pointers, sizes[0], sizes[1], threadgroup[0], shared_memory)
-        return [mx.array(out)]
+        return [mx.array(one) for one in out]
 
     names = list(inputs)
     return call

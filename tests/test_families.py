@@ -75,13 +75,13 @@ FAMILIES = {
 }  # fmt: skip
 
 
-def make(folder: Path, config: Any, seed: int = 0) -> Any:
+def make(folder: Path, config: Any, seed: int = 0, size: float = 0.3) -> Any:
     """A random model of `config`, saved in `folder`, with weights large enough that its choices differ."""
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config).eval()
     with torch.no_grad():
         for name, weight in model.named_parameters():
-            weight.copy_(torch.randn_like(weight) * (0.3 if weight.ndim > 1 else 0.1) + ("norm" in name))
+            weight.copy_(torch.randn_like(weight) * (size if weight.ndim > 1 else 0.1) + ("norm" in name))
     model.save_pretrained(folder)
     return model
 

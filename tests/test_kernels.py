@@ -59,8 +59,8 @@ def as_on_cuda(monkeypatch: pytest.MonkeyPatch, libraries: Path) -> None:
         made.cache_clear()
 
 
-def sampler(folder: Path, config: Any) -> Any:
-    make(folder, config)
+def sampler(folder: Path, config: Any, size: float = 0.3) -> Any:
+    make(folder, config, size=size)
     model = load.load_sampler(folder, "bfloat16")
     fused.fuse(model)
     return model

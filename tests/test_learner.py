@@ -12,6 +12,7 @@ from trl.trainer.utils import add_fused_lm_head
 from rl import config, models
 from rl.algorithms import learner, pieces
 from rl.algorithms.learner import Forward, Shared, forward, row_keys, score_completions_only, share, shared_prefix
+from rl.algorithms.online import adapters_off
 
 PAD = 0
 
@@ -230,6 +231,23 @@ def test_nothing_below_the_first_adapter_is_recorded(tiny_base: models.Base) -> 
     with torch.autograd.graph.saved_tensors_hooks(lambda t: everything.append(t.numel()) or t, lambda t: t):
         forward(adapted_all, ids, mask, int(columns), shared)
     assert sum(saved) < 0.6 * sum(everything)
+
+
+def test_without_its_adapter_a_policy_is_where_it_started(tiny_base: models.Base) -> None:
+    """As by PEFT's own context, and as it was after an error. Traps: an adapter that stays off, or that a block within
+    turns on again."""
+    model, ids = policy_of(tiny_base, lora=True), torch.randint(2, 17, (2, 9))
+    with torch.no_grad():
+        tuned = model(input_ids=ids).logits
+        with model.disable_adapter():
+            start = model(input_ids=ids).logits
+            with adapters_off(model):
+                assert torch.equal(model(input_ids=ids).logits, start)
+            assert torch.equal(model(input_ids=ids).logits, start)
+        with pytest.raises(ValueError, match="exactly one of"), adapters_off(model):
+            model()
+        assert not torch.allclose(tuned, start)
+        assert torch.equal(model(input_ids=ids).logits, tuned)
 
 
 def test_shared_prefix_counts_tokens_and_leaves_one() -> None:

@@ -171,24 +171,25 @@ def test_prompts_read_once_are_counted_once(tmp_path: Path) -> None:
 
 
 def test_the_plan_takes_the_way_that_the_learner_takes() -> None:
-    """Trap: since narrow models on a GPU read whole rows, a plan of prompts read once was a third below an H100's peak.
+    """Trap: where narrow models on a GPU read whole rows, a plan of prompts read once was a third below an H100's peak.
     The learner is asked with a batch of these sizes, the planner with the sizes."""
     import torch
     from transformers import AutoConfig
 
     from rl.algorithms import learner
 
-    ids = torch.randint(5, 900, (32, 512), generator=torch.Generator().manual_seed(0))
-    ids[1::2, :256] = ids[::2, :256]
+    ids = torch.randint(5, 900, (32, 288), generator=torch.Generator().manual_seed(0))
+    ids[1::2, :32] = ids[::2, :32]
     for name, wholes in (("SmolLM2-135M", (False, True)), ("SmolLM2-1.7B", (False, False))):
         told = architecture.config_json(f"HuggingFaceTB/{name}-Instruct")
         shape = architecture.from_config(told, name)
         config = AutoConfig.for_model(told.pop("model_type"), **told)
         work = replace(table.standard("LoRA", 8), checkpointing=False, rows=32, prompts=16)
+        work = replace(work, prompt=32, completion=256, length=288)
         for device, whole in zip(("cpu", "cuda"), wholes, strict=True):
             cost = learner.piece_tokens(torch.device(device), config)
             assert (learner.share(ids, torch.ones_like(ids), 256, cost=cost) is None) == whole
-            tokens = 32 * 512 if whole else 16 * 255 + 32 * 256
+            tokens = 32 * 288 if whole else 16 * 31 + 32 * 256
             assert memory._tokens(shape, work, device) == tokens
 
 
@@ -196,7 +197,7 @@ def test_shorter_prompts_that_are_read_whole_may_hold_more() -> None:
     """Where the longest prompts are read once, the longest that are not are planned for too."""
     shape = architecture.known("HuggingFaceTB/SmolLM2-135M-Instruct")
     work = replace(table.standard("LoRA", 8), checkpointing=False, rows=32, prompts=4, prompt=256)
-    cost = round(2e10 / (shape.matrix // shape.layers))
+    cost = round(2e9 / (shape.matrix // shape.layers))
     longest, shorter = memory._batches(shape, work, "cuda")
     assert (longest, shorter.length) == (work, shorter.prompt + 256)
     p = shorter.prompt
@@ -299,10 +300,10 @@ def test_a_case_that_takes_too_long_is_given_up_on_and_the_next_one_begins(
     assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
 
 
-def test_scores_on_a_gpu_are_those_of_the_passes_without_a_mask() -> None:
+def test_scores_on_a_gpu_are_those_of_the_pieces_without_a_mask() -> None:
     """Trap: prompts read once see only themselves, and the completions behind them have a mask and a fused kernel: all
     scores of all rows would make 135M with 512 tokens a third larger than it is."""
-    shape = architecture.known("HuggingFaceTB/SmolLM2-1.7B-Instruct")  # wide: a pass of its own is worth its launches
+    shape = architecture.known("HuggingFaceTB/SmolLM2-1.7B-Instruct")  # wide: a piece of its own is worth its launches
     work = table.standard("LoRA", 8)
     work = replace(work, checkpointing=False, rows=32, prompts=16, prompt=256, prefix=0, completion=256, length=512)
     assert memory._scores(shape, work, "mps") == 32 * 512**2
@@ -311,7 +312,9 @@ def test_scores_on_a_gpu_are_those_of_the_passes_without_a_mask() -> None:
     assert memory._scores(shape, replace(work, prompts=0), "cuda") == 32 * 512**2
     assert memory._scores(shape, replace(work, checkpointing=True), "cuda") == 32 * 512**2
     narrow = architecture.known("HuggingFaceTB/SmolLM2-135M-Instruct")
-    assert memory._scores(narrow, work, "cuda") == 32 * 512**2
+    assert memory._scores(narrow, work, "cuda") == 16 * 256**2
+    short = replace(work, prompt=32, length=288)
+    assert memory._scores(narrow, short, "cuda") == 32 * 288**2
     # each layer's own copy of a mask is held beside them: the completions' over all they see
     assert memory._masks(shape, work, "cuda") == 32 * 256 * 512
 

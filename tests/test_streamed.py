@@ -113,7 +113,7 @@ def test_which_products_stream() -> None:
         return streamed.shape_of(one, rows, **kind)
 
     assert shape(576, [1536, 1536], gated=True) is None
-    assert shape(2048, [2048] * 3) == Shape(1, 2, 8, 8)
+    assert shape(2048, [2048] * 3) == Shape(1, 2, 8, 4)
     assert shape(2048, [2048] * 3, rows=16) == Shape(1, 2, 2, 8)
     assert shape(2048, [8192] * 2, gated=True, rank=32).warps == 4
     assert shape(2048, [2048], parts=True).split == 4
@@ -130,7 +130,7 @@ def model(tmp_path: Path, as_on_cuda: None, monkeypatch: pytest.MonkeyPatch) -> 
     """One whose products count as large."""
     monkeypatch.setattr(streamed, "LARGE", 0)
     sizes = {"hidden_size": 512, "intermediate_size": 512, "num_hidden_layers": 2, "num_attention_heads": 16}
-    return sampler(tmp_path, LlamaConfig(**SMALL | sizes, rope_parameters=THETA))
+    return sampler(tmp_path, LlamaConfig(**SMALL | sizes, rope_parameters=THETA), size=0.1)
 
 
 @pytest.mark.parametrize("adapted", [False, True])

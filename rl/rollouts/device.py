@@ -95,9 +95,15 @@ def takes_own_kernels() -> bool:
 
 
 def cuda_kernel(
-    name: str, inputs: Sequence[str], source: str, header: str = "", *, contiguous: bool = False
+    name: str,
+    inputs: Sequence[str],
+    source: str,
+    header: str = "",
+    *,
+    contiguous: bool = False,
+    outputs: Sequence[str] = ("out",),
 ) -> Callable[..., list[mx.array]]:
-    """A kernel of one output, `out`, that reads its inputs as they lie, or copied where they are not `contiguous`;
+    """A kernel that reads its inputs as they lie, or copied where they are not `contiguous`;
     RuntimeError where MLX is not CUDA's.
 
     MLX keeps compiled kernels on disk by their name alone, so the name tells the source.
@@ -109,7 +115,7 @@ def cuda_kernel(
         return mx.fast.cuda_kernel(
             name=f"{name}_{told}" + (f"_{shared_memory}" if shared_memory else ""),
             input_names=list(inputs),
-            output_names=["out"],
+            output_names=list(outputs),
             source=source,
             header=header,
             ensure_row_contiguous=contiguous,

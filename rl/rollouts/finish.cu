@@ -2,13 +2,13 @@
 // comes out with its RMSNorm, which the next product reads. A block has a row.
 //
 // parts (SPLIT, M, N + 16 × RANKS), float32, the last columns A's product; b (R, N) and where as in product.cu, bias (N)
-// if BIAS, more (M, N), gamma (N). out (M, N), and its norm beside it, (2, M, N) in all.
+// if BIAS, more (M, N), gamma (N). out (M, N), and normed, its norm.
     constexpr int WARPS = 8, THREADS = 32 * WARPS, RANK = 16 * RANKS, SOME = RANK > 0 ? RANK : 1;
     __shared__ float lows[SOME], squares[WARPS];
-    const int N = more_shape[1], M = more_shape[0], m = blockIdx.x, line = N + RANK;
+    const int N = more_shape[1], m = blockIdx.x, line = N + RANK;
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     const float* mine = parts + static_cast<size_t>(m) * line;
-    const size_t next = static_cast<size_t>(M) * line;
+    const size_t next = static_cast<size_t>(more_shape[0]) * line;
     if (threadIdx.x < RANK) {
         float sum = 0.0f;
         for (int s = 0; s < SPLIT; s++) sum += mine[s * next + N + threadIdx.x];
@@ -59,5 +59,5 @@
         float scale[8];
         spread<T>(load(gamma + n), scale);
         for (int j = 0; j < 8; j++) scale[j] *= rounded<T>(x[e][j] * inverse);
-        *reinterpret_cast<Eight*>(out + static_cast<size_t>(M + m) * N + n) = joined<T>(scale);
+        *reinterpret_cast<Eight*>(normed + static_cast<size_t>(m) * N + n) = joined<T>(scale);
     }

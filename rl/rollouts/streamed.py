@@ -17,7 +17,7 @@ from rl.rollouts import device, fused, kernels
 from rl.rollouts.fused import TILE
 
 WARPS = 8  # of a block
-STAGES, ROOM = 8, 200_000  # chunks on their way, as a block's shared memory has room for
+STAGES, ROOM = 8, 100_000  # chunks on their way, as shared memory has room for in two blocks at once
 LARGE = 2_000_000  # weights from which on a product waits for them rather than for its launch
 LONG = 4096  # inputs from which on they are in 8 parts
 INPUTS = ("rows", "weight", "a", "b", "where", "bias")
@@ -100,7 +100,7 @@ def finish(one: fused.Product, parts: mx.array, more_M_N: mx.array, norm: nn.RMS
     """What `product` left in parts, plus `more`; and its norm."""
     state, (rows, outputs) = one.state, more_M_N.shape
     given = {"parts": parts, "more": more_M_N, "gamma": norm.weight}
-    (out,) = _finish(float(norm.eps))(
+    out, normed = _finish(float(norm.eps))(
         inputs=[given[name] if name in given else state.get(name, more_M_N) for name in FINISH_INPUTS],
         template=[
             ("T", more_M_N.dtype),
@@ -111,10 +111,10 @@ def finish(one: fused.Product, parts: mx.array, more_M_N: mx.array, norm: nn.RMS
         ],
         grid=(rows * 32 * WARPS, 1, 1),
         threadgroup=(32 * WARPS, 1, 1),
-        output_shapes=[(2, rows, outputs)],
-        output_dtypes=[more_M_N.dtype],
+        output_shapes=[more_M_N.shape] * 2,
+        output_dtypes=[more_M_N.dtype] * 2,
     )
-    return out[0], out[1]
+    return out, normed
 
 
 def hidden_states(
@@ -148,16 +148,16 @@ def hidden_states(
 def usable(model: Any) -> bool:
     """Whether `hidden_states` may decode this model, which `kernels.usable` has said yes to: all its products are
     large, and the kernels were right on them. The trial is made once for each kind of products; call it as that."""
-    products = fused.of(model)
-    key = _key(products)
-    if key not in products.right:
+    if (products := fused.of(model)) is None:
+        return False
+    if (key := _key(products)) not in products.right:
         products.right[key] = _knows(products) and kernels.right(model, _trial)
     return products.right[key]
 
 
 def chosen(model: Any) -> bool:
     """What `usable` found, also while a step is compiled."""
-    return fused.of(model).right.get(_key(fused.of(model)), False)
+    return (products := fused.of(model)) is not None and products.right.get(_key(products), False)
 
 
 def _key(products: fused.Fused) -> tuple[Any, ...]:
@@ -204,6 +204,6 @@ def _stream() -> Any:
 
 @cache
 def _finish(eps: float) -> Any:
-    return device.cuda_kernel(
-        "finish", FINISH_INPUTS, kernels.read("finish.cu"), kernels.header(EPS=eps), contiguous=True
-    )
+    source, header = kernels.read("finish.cu"), kernels.header(EPS=eps)
+    # two outputs: of one array, out[0] would be a gather, a kernel of MLX's that takes longer than this one
+    return device.cuda_kernel("finish", FINISH_INPUTS, source, header, contiguous=True, outputs=("out", "normed"))
