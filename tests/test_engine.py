@@ -171,7 +171,7 @@ def test_a_completion_does_not_depend_on_its_neighbours(
     engine = Engine(sampler, eos, max_batch=max_batch, max_batch_tokens=tokens, grouped=by_group, compiled=fixed)
     engine.look_every = look_every
     if fixed:
-        engine.step = lambda sampling, layout: engines.decode_step(sampler, layout, sampling)
+        engine.step = lambda sampling, layout: engines.step_of(sampler, layout, sampling)
     if tokens is not None and max(map(len, prompts)) + shared + 7 > tokens:
         tokens = engine.max_batch_tokens = 60
     done = engine.generate(prompts, how, max_tokens=7, seed=seed)

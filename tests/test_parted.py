@@ -101,7 +101,7 @@ def test_a_completion_does_not_depend_on_its_neighbours(
         here.setattr(cache, "RING_STEP", step)
         engine = Engine(sampler, eos, max_batch=max_batch, max_batch_tokens=tokens, grouped=False, compiled=fixed)
         engine.look_every = look_every
-        engine.step = lambda sampling, layout: engines.decode_step(sampler, layout, sampling)
+        engine.step = lambda sampling, layout: engines.step_of(sampler, layout, sampling)
         done = engine.generate(prompts, Sampling(), max_tokens=7, seed=seed)
     for row, (prompt, completion) in enumerate(zip(prompts, done, strict=True)):
         assert completion.tokens == alone(sampler, prompt, row, seed, Sampling(), eos)

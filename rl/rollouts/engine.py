@@ -11,7 +11,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from rl.rollouts import attention, device, fused, parted
+from rl.rollouts import attention, device, fused, grouped, parted
 from rl.rollouts.forward import head, hidden_states
 from rl.rollouts.pool import Pool
 from rl.rollouts.result import Completion, Sampling, Totals
@@ -96,9 +96,9 @@ class Engine:
         return done
 
     def step(self, sampling: Sampling, layout: type) -> Callable[..., Any]:
-        """A decode step, compiled where the engine compiles."""
+        """`step_of`, compiled where the engine compiles."""
         if not self.compiled:
-            return decode_step(self.model, layout, sampling)
+            return step_of(self.model, layout, sampling)
         kind = (sampling, layout)
         if kind not in self.steps:
             # the weights are an input: compiled in as constants they would stay those of the first sync
@@ -106,8 +106,42 @@ class Engine:
             weights = (
                 [self.model.state] if products is None else [fused.rest(self.model), products.state, products.turns]
             )
-            self.steps[kind] = mx.compile(decode_step(self.model, layout, sampling), inputs=weights)
+            self.steps[kind] = mx.compile(step_of(self.model, layout, sampling), inputs=weights)
         return self.steps[kind]
+
+
+def step_of(model: Any, layout: type, sampling: Sampling) -> Callable[..., Any]:
+    """`decode_step` where torch holds the keys, else `decode_steps`."""
+    return (decode_step if layout is grouped.Grouped else decode_steps)(model, layout, sampling)
+
+
+def decode_steps(model: Any, layout: type, sampling: Sampling) -> Callable[..., Any]:
+    """`decode_step` several times: of what changes from step to step it is given all, (T, …), the numbers to draw by
+    (B, T, 2), and gives a list of T triples, and the arrays as they are then.
+
+    A compiled function looks through all its inputs at each call: for 135M's 600 that is a fifth of a GPU's step.
+    """
+    step = decode_step(model, layout, sampling)
+
+    def steps(
+        token_B: mx.array,
+        position_T_B: mx.array,
+        seen: list[mx.array],
+        column_T: mx.array,
+        uniforms_B_T_2: mx.array,
+        arrays: Any,
+    ) -> tuple[Any, Any]:
+        drawn, own = [], []
+        for t in range(len(position_T_B)):
+            given = (position_T_B[t], [s[t] for s in seen], column_T[t], uniforms_B_T_2[:, t])
+            found, own = step(token_B, *given, arrays)
+            if own:
+                arrays = arrays | {"own": own}
+            token_B = found[0]
+            drawn.append(found)
+        return drawn, own
+
+    return steps
 
 
 def decode_step(model: Any, layout: type, sampling: Sampling | None) -> Callable[..., Any]:

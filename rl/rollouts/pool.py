@@ -197,15 +197,17 @@ class Pool:
         uniforms_B_T_2 = mx.array(np.take_along_axis(self.uniforms_B_T_2, coming_T_B.T[..., None], axis=1))
         position_T_B, token_B = mx.array(position_T_B), mx.array(self.token_B)
         step, pending = self.engine.step(self.sampling, type(self.layout)), []
-        for t in range(count):
-            given = (token_B, position_T_B[t], [a[t] for a in seen], column_T[t], uniforms_B_T_2[:, t])
+        # in one call where the kernels write in place; else each is begun before the next is put together
+        in_place = isinstance(self.layout, parted.Parted)
+        for part in [slice(None)] if in_place else [slice(t, t + 1) for t in range(count)]:
+            given = (token_B, position_T_B[part], [a[part] for a in seen], column_T[part], uniforms_B_T_2[:, part])
             if device.torch_is_faster():
                 mx.eval(given)  # once: torch would wait for MLX's thread at the first look at each
             drawn, own = step(*given, self.layout.arrays())
             self.layout.store(own)
-            token_B = drawn[0]
+            token_B = drawn[-1][0]
             mx.async_eval(drawn, own)
-            pending.append(drawn)
+            pending += drawn
         mx.eval(pending)
         return [tuple(map(np.array, drawn)) for drawn in pending]
 
