@@ -78,17 +78,15 @@ def random_base(like: "Base", folder: Path, sizes: dict[str, Any]) -> "Base":
     with torch.device("meta"):  # names and sizes only: its own start values would take a minute
         names = {name: value.shape for name, value in LlamaForCausalLM(made).state_dict().items()}
     tensors = {}
-    device = "cuda" if torch.cuda.is_available() else "cpu"  # a CPU draws 1.7 billion numbers in half a minute
+    device = "cuda" if torch.cuda.is_available() else "cpu"  # which draws them fast
     with torch.random.fork_rng():
         torch.manual_seed(SEED)
         for name, size in names.items():
-            if name != "lm_head.weight":
-                flat = (
-                    torch.ones(size)
-                    if name.endswith("norm.weight")
-                    else torch.randn(size, device=device) * made.initializer_range
-                )
-                tensors[name] = flat.half().cpu().numpy()  # half the bytes to write, hash and read
+            if name == "lm_head.weight":
+                continue
+            norm = name.endswith("norm.weight")
+            flat = torch.ones(size) if norm else torch.randn(size, device=device) * made.initializer_range
+            tensors[name] = flat.half().cpu().numpy()  # half the bytes to write, hash and read
     write_llama(folder, shape, tensors, Tokenizer.from_file(str(like.path / "tokenizer.json")), template=None)
     return Base(folder.name, folder, weights_sha256(weight_files(folder, str(folder))))
 
