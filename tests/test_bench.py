@@ -20,6 +20,7 @@ from rl.bench.table import BATCH, ENGINE, HF, OURS, PAGED, STOCK
 from rl.errors import RunFailed
 from rl.rollouts import bench as contestants
 from rl.rollouts import load
+from rl.rollouts.engine import Engine
 
 MACHINE = bench_table.Machine(bandwidth=1000.0, flops=500.0, launch=0.25, launches=3)
 WORK = bench_table.Work("2 × 2", 2, 2, 5, 3)
@@ -196,7 +197,7 @@ def bounded(
     never = policy.config.vocab_size
     batch = contestants.batch_here(model)
     return bench_rollouts.contest(
-        work, subject(base), given, policy, model, batch, never, sizes, MACHINE, absent, share, whole
+        work, subject(base), given, policy, Engine(model, []), batch, never, sizes, MACHINE, absent, share, whole
     )
 
 
@@ -267,10 +268,10 @@ def test_every_contestant_gives_the_forced_lengths(sides: tuple[Any, Any]) -> No
     policy, model = sides
     prompts = [[2, 3, 4, 5]] * 3 + [[6, 7, 8, 9]] * 3
     never = policy.config.vocab_size
-    full = contestants.engine(model, prompts, 40, ending=[never], seed=1)
+    full = contestants.engine(Engine(model, []), prompts, 40, ending=[never], seed=1)
     assert [len(c.tokens) for c in full] == [40] * 6
     assert any(policy.generation_config.eos_token_id in c.tokens for c in full)
-    tail = contestants.engine(model, prompts, 40, ending=[3, 5], seed=1)
+    tail = contestants.engine(Engine(model, []), prompts, 40, ending=[3, 5], seed=1)
     limits = [len(c.tokens) for c in tail]
     assert len(set(limits)) > 1
     assert all(len(c.tokens) == 40 or c.tokens[-1] in (3, 5) for c in tail)
@@ -279,7 +280,7 @@ def test_every_contestant_gives_the_forced_lengths(sides: tuple[Any, Any]) -> No
     assert policy.generation_config is kept
     batch = contestants.batch_generator(model, prompts, limits, seed=1)
     assert [len(c.tokens) for c in batch] == limits
-    again = contestants.engine(model, prompts, 40, ending=[3, 5], seed=1)
+    again = contestants.engine(Engine(model, []), prompts, 40, ending=[3, 5], seed=1)
     assert [c.tokens for c in again] == [c.tokens for c in tail]
     with pytest.raises(ValueError, match="one length only"):
         contestants.hf_generate(policy, [[2], [2, 3]], [1, 1])
@@ -297,7 +298,7 @@ def setting(folder: Path) -> bench_rollouts.Setting:
 
 def test_contestants_agree_before_timing(sides: tuple[Any, Any], tiny_base: models.Base, tmp_path: Path) -> None:
     policy, model = sides
-    given = (subject(tiny_base), setting(tmp_path), policy, policy, model, contestants.batch_here(model))
+    given = (subject(tiny_base), setting(tmp_path), policy, policy, Engine(model, []), contestants.batch_here(model))
     found, absent = bench_rollouts.agree(*given, policy.config.vocab_size)
     assert [a.contestant for a in found] == [ENGINE, BATCH, HF, PAGED]
     assert absent == {}
@@ -312,7 +313,7 @@ def test_a_contestant_with_other_weights_is_not_timed(
     policy, _ = sides
     other = load.load_sampler(tiny_base.path)
     other.model.layers[0].mlp.up_proj.weight = other.model.layers[0].mlp.up_proj.weight * 30.0
-    given = (subject(tiny_base), setting(tmp_path), policy, policy, other, contestants.batch_here(other))
+    given = (subject(tiny_base), setting(tmp_path), policy, policy, Engine(other, []), contestants.batch_here(other))
     with pytest.raises(RunFailed, match=f"{ENGINE} is not the same policy"):
         bench_rollouts.agree(*given, policy.config.vocab_size)
 
@@ -320,7 +321,7 @@ def test_a_contestant_with_other_weights_is_not_timed(
 def test_judge_sees_a_token_that_is_not_the_best(sides: tuple[Any, Any]) -> None:
     policy, model = sides
     prompts = [[2, 3, 4, 5]]
-    tokens = contestants.engine(model, prompts, 4, ending=[99], temperature=0.0)[0].tokens
+    tokens = contestants.engine(Engine(model, []), prompts, 4, ending=[99], temperature=0.0)[0].tokens
     with torch.no_grad():
         logprobs = policy(torch.tensor([prompts[0] + tokens])).logits[0, 3:-1].log_softmax(-1)
     second = int(logprobs[3].topk(2).indices[1])

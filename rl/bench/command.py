@@ -124,7 +124,7 @@ def bench(
     batch = (
         contestants.batch_apart(subject.base.path, setting.dtype) if apart else contestants.batch_here(sampler.model)
     )
-    agreements, absent = agree(subject, setting, reference, policy, sampler.model, batch, never)
+    agreements, absent = agree(subject, setting, reference, policy, sampler.engine, batch, never)
     sizes = sizes_of(policy)
     setting.say(f"{subject.shape}: bandwidth, sums and launches of this machine")
     report = Report(
@@ -145,7 +145,7 @@ def bench(
         for number, work in enumerate(todo):
             own = share.part(weights[number] / sum(weights[number:]))
             found = contest(
-                work, subject, setting, policy, sampler.model, batch, never, sizes, report.machine, absent, own, budget
+                work, subject, setting, policy, sampler.engine, batch, never, sizes, report.machine, absent, own, budget
             )
             if found is None:
                 report.notes.append(f"not run: rollout {work.name}, no time was left in the budget")

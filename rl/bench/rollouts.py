@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     import torch
 
     from rl.rollouts.bench import Batch
+    from rl.rollouts.engine import Engine
 
 SEED = 0
 GREEDY_TOKENS = 16  # a row, for the agreement
@@ -72,7 +73,7 @@ def works(setting: Setting) -> list[Work]:
 
 
 def agree(
-    subject: Subject, setting: Setting, reference: Any, policy: Any, model: Any, batch: "Batch", never: int
+    subject: Subject, setting: Setting, reference: Any, policy: Any, engine: "Engine", batch: "Batch", never: int
 ) -> tuple[list[tables.Agreement], dict[str, str]]:
     """Greedy completions of every contestant on 4 prompts, each twice, judged by the trainer's logits in float32.
 
@@ -85,7 +86,7 @@ def agree(
 
     prompts = [p for p in subject.prompts[:4] for _ in range(2)]
     new = min(GREEDY_TOKENS, setting.new)
-    ours = contestants.engine(model, prompts, new, ending=[never], temperature=0.0)
+    ours = contestants.engine(engine, prompts, new, ending=[never], temperature=0.0)
     theirs, _ = batch(prompts, [new] * 8, temperature=0.0, logprobs=True)
     hf = contestants.hf_generate(policy, prompts, [new] * 8, temperature=0.0)
     answers = {
@@ -161,7 +162,7 @@ def contest(
     subject: Subject,
     setting: Setting,
     policy: Any,
-    model: Any,
+    engine: "Engine",
     batch: "Batch",
     never: int,
     sizes: Sizes,
@@ -181,7 +182,7 @@ def contest(
     prompts = [p for p in subject.prompts[: work.prompts] for _ in range(work.group)]
     ending = [never]
     if work.long_tail:
-        probe = contestants.engine(model, prompts, min(32, work.max_tokens), ending=[never], seed=SEED)
+        probe = contestants.engine(engine, prompts, min(32, work.max_tokens), ending=[never], seed=SEED)
         ending = ending_ids([t for c in probe for t in c.tokens], TAIL / work.max_tokens)
     players = [name for name in (ENGINE, BATCH, HF, PAGED) if name not in absent]
     found = Contest(work, [], [], {name: [] for name in players}, [])
@@ -207,7 +208,7 @@ def contest(
             gc.collect()
             seed, started = SEED + 1 + repeat, time.perf_counter()
             if name == ENGINE:
-                done = [c.tokens for c in contestants.engine(model, prompts, most, ending=ending, seed=seed)]
+                done = [c.tokens for c in contestants.engine(engine, prompts, most, ending=ending, seed=seed)]
             elif name == BATCH:
                 theirs, seconds = batch(prompts, limits, seed=seed)
                 done = [c.tokens for c in theirs]

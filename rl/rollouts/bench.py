@@ -43,7 +43,7 @@ Batch = Callable[..., tuple[list[Completion], float]]
 
 
 def engine(
-    model: Any,
+    ours: Engine,
     prompts: Sequence[Sequence[int]],
     max_tokens: int,
     *,
@@ -51,11 +51,12 @@ def engine(
     temperature: float = 1.0,
     seed: int = 0,
 ) -> list[Completion]:
-    """This project's engine; a completion ends with the first token in `ending` or after `max_tokens`.
+    """This project's engine, one for all calls as in a run: it compiles a kind of step once. A completion ends with the
+    first token in `ending` or after `max_tokens`.
 
     Raises RunFailed when logits were not finite: such a row ends early and would count as fast.
     """
-    ours = Engine(model, ending, max_batch=max(256, len(prompts)))
+    ours.eos_ids, ours.max_batch = tuple(ending), max(256, len(prompts))
     done = ours.generate(prompts, Sampling(temperature=temperature), max_tokens=max_tokens, seed=seed)
     if not all(c.finite for c in done):
         raise RunFailed("bench: logits of the engine are not finite")
