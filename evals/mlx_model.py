@@ -35,8 +35,9 @@ from rl import models
 from rl.errors import RunFailed, UserError
 from rl.hf_folder import weight_files
 from rl.rollouts import device, fused, scoring
-from rl.rollouts.engine import Engine, common_prefix
+from rl.rollouts.engine import Engine
 from rl.rollouts.load import load_sampler
+from rl.rollouts.pool import common_prefix
 from rl.rollouts.result import Sampling
 
 MAX_NEW = 256  # tokens of an answer where the task does not say: hf's default
