@@ -1,6 +1,6 @@
 // As much of CUDA as the kernels in rl/rollouts need, on one thread of a CPU: each thread of a block is a fiber, which
 // goes on when all of its warp, or of its block, have come as far. A warp runs to where its block waits before the next
-// does: what wants a __syncthreads that is not there comes out wrong.
+// does, and a block to where it waits for others before they do: what wants a wait that is not there comes out wrong.
 #include <setjmp.h>
 #include <ucontext.h>
 
@@ -41,7 +41,7 @@ struct Numbers {
     int64_t operator[](int i) const { return of[i]; }
 };
 
-inline dim threadIdx, blockIdx;
+inline dim threadIdx, blockIdx, blockDim, gridDim;
 inline float rsqrtf(float x) { return 1.0f / std::sqrt(x); }
 
 constexpr size_t STACK = 1 << 17;
@@ -58,7 +58,9 @@ inline std::function<void()> body;
 struct Barrier {
     unsigned came = 0, round = 0;
 };
-inline Barrier whole, warps[32];
+// of one block after the other, or of all at once
+inline std::vector<Barrier> blocks, warps;
+inline Barrier everyone;
 
 inline void pass() {
     if (_setjmp(fibers[running].at) == 0) _longjmp(back, 1);
@@ -73,15 +75,26 @@ inline void wait(Barrier& barrier, unsigned size) {
     while (barrier.round == mine) pass();
 }
 
-inline void __syncthreads() {
+inline void held_until(Barrier& barrier, unsigned size) {
     fibers[running].held = true;
-    wait(whole, fibers.size());
+    wait(barrier, size);
     fibers[running].held = false;
+}
+inline void __syncthreads() { held_until(blocks[running / blockDim.x], blockDim.x); }
+// All blocks' (whole.cuh); counted too, as there.
+inline void meet(unsigned long long* came, unsigned long long& goal) {
+    __syncthreads();
+    if (threadIdx.x == 0) ++*came;
+    held_until(everyone, fibers.size());
 }
 inline void warp_wait() { wait(warps[running / 32], 32); }
 
 // what each lane of the running warp has put down for the others
-inline uint32_t words[32][32];
+struct Words {
+    uint32_t of[32];
+    operator uint32_t*() { return of; }
+};
+inline std::vector<Words> words;
 template <typename X>
 inline X __shfl_sync(unsigned, X x, int other) {
     static_assert(sizeof(X) == 4);
@@ -112,9 +125,18 @@ inline unsigned __byte_perm(unsigned low, unsigned high, unsigned which) {
 
 // Copies past registers: done at the last moment, when they are waited for, or at once; a kernel must live with both.
 inline size_t room_bytes = 0;
-#define ROOM(name) \
-    static Eight name[1 << 14]; \
-    if (sizeof name < room_bytes) std::abort()
+inline std::vector<std::unique_ptr<char[]>> rooms, kept_rooms;  // of the blocks that run
+#define ROOM(name) Eight* const name = reinterpret_cast<Eight*>(rooms[running / blockDim.x].get())
+inline void* kept_room() { return kept_rooms[running / blockDim.x].get(); }
+inline void will_read(const void*) {}
+inline void make_rooms(unsigned count) {
+    rooms.clear();
+    kept_rooms.clear();
+    for (unsigned i = 0; i < count; i++) {
+        rooms.emplace_back(new char[room_bytes + 1]);
+        kept_rooms.emplace_back(new char[1 << 12]);
+    }
+}
 struct Copy {
     void* to;
     const void* from;
@@ -125,7 +147,7 @@ struct Copy {
     }
 };
 inline std::vector<std::vector<std::vector<Copy>>> copies;  // of each thread, by groups
-#ifdef AT_ONCE
+#ifdef COPIES_AT_ONCE
 constexpr bool at_once = true;
 #else
 constexpr bool at_once = false;
@@ -153,7 +175,11 @@ inline void copies_under_way() {
 struct Fragment {
     unsigned w[4], x[2];
 };
-inline Fragment fragments[32][32];
+struct Fragments {
+    Fragment of[32];
+    Fragment& operator[](int i) { return of[i]; }
+};
+inline std::vector<Fragments> fragments;
 
 // The layout of mma.m16n8k16 as PTX's manual gives it: lane 4 g + t holds rows g and g + 8, columns 2 t, 2 t + 1, + 8.
 template <typename T>
@@ -197,29 +223,39 @@ inline void go_on(Fiber& fiber) {
     setcontext(&context);
 }
 
-inline void launch(unsigned blocks_x, unsigned blocks_y, unsigned threads, std::function<void()> kernel) {
-    body = kernel;
-    if (fibers.size() != threads) fibers = std::vector<Fiber>(threads);
-    for (unsigned y = 0; y < blocks_y; y++)
-        for (unsigned x = 0; x < blocks_x; x++) {
-            blockIdx = {x, y};
-            whole = {};
-            for (auto& warp : warps) warp = {};
-            copies.clear();
-            for (auto& fiber : fibers) fiber.begun = fiber.done = fiber.held = false;
-            for (bool going = true; going;) {
-                going = false;
-                for (unsigned first = 0; first < threads; first += 32)
-                    for (bool moving = true; moving;) {
-                        moving = false;
-                        for (running = first; running < first + 32; running++) {
-                            if (fibers[running].done) continue;
-                            going = true;
-                            threadIdx = {running, 0};
-                            go_on(fibers[running]);
-                            moving = moving || !(fibers[running].done || fibers[running].held);
-                        }
+// Fibers of so many blocks, from number `first` on, to their end.
+inline void run_blocks(unsigned first, unsigned count, unsigned blocks_x, unsigned threads) {
+    if (fibers.size() != count * threads) fibers = std::vector<Fiber>(count * threads);
+    blocks.assign(count, {});
+    warps.assign(count * threads / 32, {});
+    words.resize(warps.size());
+    fragments.resize(warps.size());
+    everyone = {};
+    copies.clear();
+    for (auto& fiber : fibers) fiber.begun = fiber.done = fiber.held = false;
+    for (bool going = true; going;) {
+        going = false;
+        for (unsigned block = 0; block < count; block++)
+            for (unsigned own = block * threads; own < (block + 1) * threads; own += 32)
+                for (bool moving = true; moving;) {
+                    moving = false;
+                    for (running = own; running < own + 32; running++) {
+                        if (fibers[running].done) continue;
+                        going = true;
+                        threadIdx = {running % threads, 0};
+                        blockIdx = {(first + block) % blocks_x, (first + block) / blocks_x};
+                        go_on(fibers[running]);
+                        moving = moving || !(fibers[running].done || fibers[running].held);
                     }
-            }
-        }
+                }
+    }
+}
+
+inline void launch(unsigned blocks_x, unsigned blocks_y, unsigned threads, bool at_once, std::function<void()> kernel) {
+    body = kernel;
+    blockDim = {threads, 1};
+    gridDim = {blocks_x, blocks_y};
+    const unsigned count = at_once ? blocks_x * blocks_y : 1;
+    make_rooms(count);
+    for (unsigned first = 0; first < blocks_x * blocks_y; first += count) run_blocks(first, count, blocks_x, threads);
 }

@@ -17,6 +17,7 @@ import mlx.core as mx  # isort: skip
 
 HERE = Path(__file__).parent
 TYPES = {mx.bfloat16: "__nv_bfloat16", mx.float32: "float", mx.int32: "int", mx.uint32: "unsigned", mx.bool_: "bool"}
+TYPES |= {mx.uint64: "uint64_t"}
 MULTIPLY = """
 template <>
 inline void multiply<__nv_bfloat16>(
@@ -70,13 +71,13 @@ def cuda_kernel(
         )
         text = f"""#include "cuda_on_cpu.hpp"
 {header}
-{MULTIPLY}
+{MULTIPLY if "multiply" in header else ""}
 static void kernel({arguments}, {results}) {{
 {constants}{source}
 }}
 extern "C" void run(void** data, int64_t** shapes, int64_t** strides, int x, int y, int threads, int room) {{
     room_bytes = room;
-    launch(x, y, threads, [&] {{ kernel({passed}, {made}); }});
+    launch(x, y, threads, {"meet(" in source:d}, [&] {{ kernel({passed}, {made}); }});
 }}
 """
         assert all(size % per == 0 for size, per in zip(grid, threadgroup, strict=True))

@@ -17,7 +17,7 @@ import rl.rollouts  # noqa: F401  binds BLAS before mlx loads
 import mlx.core as mx  # isort: skip
 import mlx.nn as nn
 
-from rl.rollouts import attention, bench, device, fused, kernels, load, parity, streamed, sync, turns
+from rl.rollouts import attention, bench, device, fused, kernels, load, parity, streamed, sync, turns, whole
 from rl.rollouts.engine import Engine
 from rl.rollouts.forward import prefill_last
 from rl.rollouts.result import Sampling
@@ -55,6 +55,7 @@ def as_on_cuda(monkeypatch: pytest.MonkeyPatch, libraries: Path) -> None:
     monkeypatch.setattr(device, "takes_own_kernels", lambda: True)
     monkeypatch.setattr(attention, "kernel_works", lambda: False)
     monkeypatch.setattr(device, "cuda_kernel", partial(cuda_kernel, libraries))
+    monkeypatch.setattr(whole, "usable", lambda model: False)  # tests/test_whole.py
     for made in (kernels._product, kernels._attend, streamed._stream, streamed._finish):
         made.cache_clear()
 
@@ -134,8 +135,13 @@ def test_adapters_are_read_inside(
 
 @pytest.mark.parametrize("bits", [4, 8])
 def test_codes_are_read_inside(bits: int, tmp_path: Path, as_on_cuda: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Against the values that they stand for. Trap: MLX packs the first code into a word's lowest bits; its own product
-    of codes in bfloat16 is a hundredth off on a CPU."""
+    """Trap: MLX packs the first code into a word's lowest bits."""
+    check_codes(bits, tmp_path, monkeypatch)
+
+
+def check_codes(bits: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A model of codes against the values that they stand for: MLX's own product of codes in bfloat16 is a hundredth
+    off on a CPU."""
     make(tmp_path, FAMILIES["llama"])
     model, values = load.load_sampler(tmp_path, "bfloat16"), load.load_sampler(tmp_path, "bfloat16")
     nn.quantize(model, group_size=32, bits=bits)
@@ -147,6 +153,7 @@ def test_codes_are_read_inside(bits: int, tmp_path: Path, as_on_cuda: None, monk
         adapters(one, 4, ("q_proj", "down_proj"))
     done = decode(model, own=True, monkeypatch=monkeypatch)
     assert apart(values, done) < 0.1
+    return model
 
 
 def test_many_rows_are_several_blocks(tmp_path: Path, as_on_cuda: None) -> None:
@@ -163,7 +170,7 @@ def test_many_rows_are_several_blocks(tmp_path: Path, as_on_cuda: None) -> None:
 @pytest.mark.parametrize("tiles", [1, 2, 4])
 def test_a_block_may_make_several_tiles(tiles: int, monkeypatch: pytest.MonkeyPatch, as_on_cuda: None) -> None:
     """As it does for wide layers, against float64."""
-    monkeypatch.setattr(kernels, "_tiles", lambda *_: tiles)
+    monkeypatch.setattr(kernels, "tiles_of", lambda *_, **__: tiles)
     layers = [nn.Linear(96, 64) for _ in range(2)]
     for layer in layers:
         layer.set_dtype(mx.bfloat16)

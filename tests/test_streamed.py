@@ -96,7 +96,7 @@ def test_copies_may_come_at_once(
     """The CPU's copies are done when they are waited for; here as soon as they are asked for. Trap: a chunk that is
     asked for over one that is still read."""
     run = subprocess.run
-    monkeypatch.setattr(subprocess, "run", lambda command, **how: run([*command, "-DAT_ONCE"], **how))
+    monkeypatch.setattr(subprocess, "run", lambda command, **how: run([*command, "-DCOPIES_AT_ONCE"], **how))
     one, x = linears(512, [64, 64], [4, 0]), normal(20, 512)
     found = streamed.product(one, x, Shape(1, 2, 8, 2))
     expected = reference(one, x, norm=None, gated=False, more=None)

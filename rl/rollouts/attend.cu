@@ -130,7 +130,16 @@
         fetch_values();
     }
 
-    __shared__ Eight queries[8 * SETS][LANES < 8 ? LANES : LANES + 4];  // so that two rows lie in different banks
+    constexpr int WIDTH = D < 64 ? D : 64;  // dimensions that are put together at a time, of 8 queries
+    struct Shared {
+        Eight queries[8 * SETS][LANES < 8 ? LANES : LANES + 4];  // so that two rows lie in different banks
+        float tops[SETS][8][WARPS], totals[SETS][8][WARPS], sums[WARPS][8][WIDTH + 1];
+    };
+    SHARED(Shared, shared);
+    auto& queries = shared.queries;
+    auto &tops = shared.tops, &totals = shared.totals;
+    auto& sums = shared.sums;
+    READY();
     for (int base = 0; base < ROWS * (QUERIES + 2); base += GROUPS) {  // all alike: their lanes talk
         const int which = base + threadIdx.x / LANES, i = which / (QUERIES + 2), part = which % (QUERIES + 2);
         const int own_row = __shfl_sync(ALL, row, i % ROWS), eighth = threadIdx.x % LANES;
@@ -247,8 +256,6 @@
         if (piece < count) fetch_values();
     }
 
-    constexpr int WIDTH = D < 64 ? D : 64;  // dimensions that are put together at a time, of 8 queries
-    __shared__ float tops[SETS][8][WARPS], totals[SETS][8][WARPS], sums[WARPS][8][WIDTH + 1];
 #pragma unroll
     for (int s = 0; s < SETS; s++) {
         if (t == 0) tops[s][g][warp] = most[s];

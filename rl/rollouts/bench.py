@@ -28,7 +28,7 @@ from rl.device import total_memory_bytes
 from rl.errors import RunFailed
 from rl.rollouts import device, parted, turns
 from rl.rollouts.engine import Engine, decode_step
-from rl.rollouts.forward import prefill_last
+from rl.rollouts.forward import head, prefill_last
 from rl.rollouts.load import load_sampler
 from rl.rollouts.result import Completion, Sampling
 
@@ -248,13 +248,17 @@ def launches(model: Any, rows: int) -> int:
     turns.reach(model, most)
     every = np.arange(rows)
     layout.place(every, np.zeros(rows, np.int64), fresh, [], rows)
-    step = decode_step(model, layout.__class__, None)
     arrays, zeros = layout.arrays(), mx.zeros((rows,), mx.int32)
     windows, now_1 = dict.fromkeys(model.args.windows), np.zeros(1, np.int64)
-    seen = [a[0] for a in layout.seen(windows, np.full(rows, 2), np.zeros((1, rows), np.int64), now_1, 1)]
+    seen = layout.seen(windows, np.full(rows, 2), np.zeros((1, rows), np.int64), now_1, 1)
     mx.eval(arrays, seen)
     with device.mlx_alone():
-        logits, own = step(zeros, zeros + 2, seen, mx.array(layout.width if layout.joined else 0), None, arrays)
+        if isinstance(layout, parted.Parted):
+            step, own = parted.steps(model, zeros[None] + 2, seen, mx.zeros((1,), mx.int32), arrays), []
+            logits = head(model, step(0, zeros))
+        else:
+            step, column = decode_step(model, layout.__class__, None), mx.array(layout.width if layout.joined else 0)
+            logits, own = step(zeros, zeros + 2, [a[0] for a in seen], column, None, arrays)
     graph = io.StringIO()
     mx.export_to_dot(graph, logits, own)
     names = re.findall(r'\[label ?= ?"(\w+)", shape=rectangle\]', graph.getvalue())

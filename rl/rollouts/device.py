@@ -94,6 +94,14 @@ def takes_own_kernels() -> bool:
     return backend() == "cuda"
 
 
+@functools.cache
+def processors() -> int:
+    """Of the card: how many blocks of a kernel run at once where each takes a whole one."""
+    import torch
+
+    return torch.cuda.get_device_properties(getattr(mx.default_device(), "index", 0)).multi_processor_count
+
+
 def cuda_kernel(
     name: str,
     inputs: Sequence[str],

@@ -11,7 +11,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from rl.rollouts import attention, device, fused, grouped, parted
+from rl.rollouts import attention, device, fused, grouped, parted, whole
 from rl.rollouts.forward import head, hidden_states
 from rl.rollouts.pool import Pool
 from rl.rollouts.result import Completion, Sampling, Totals
@@ -102,12 +102,14 @@ class Engine:
         kind = (sampling, layout)
         if kind not in self.steps:
             # the weights are an input: compiled in as constants they would stay those of the first sync
-            products = fused.of(self.model)
-            weights = (
-                [self.model.state] if products is None else [fused.rest(self.model), products.state, products.turns]
-            )
-            self.steps[kind] = mx.compile(step_of(self.model, layout, sampling), inputs=weights)
+            self.steps[kind] = mx.compile(step_of(self.model, layout, sampling), inputs=self._weights(layout))
         return self.steps[kind]
+
+    def _weights(self, layout: type) -> list[Any]:
+        if layout is parted.Told:
+            return whole.state(self.model)
+        products = fused.of(self.model)
+        return [self.model.state] if products is None else [fused.rest(self.model), products.state, products.turns]
 
 
 def step_of(model: Any, layout: type, sampling: Sampling) -> Callable[..., Any]:
@@ -121,7 +123,8 @@ def decode_steps(model: Any, layout: type, sampling: Sampling) -> Callable[..., 
 
     A compiled function looks through all its inputs at each call: for 135M's 600 that is a fifth of a GPU's step.
     """
-    step = decode_step(model, layout, sampling)
+    in_place = issubclass(layout, parted.Parted)
+    step = None if in_place else decode_step(model, layout, sampling)
 
     def steps(
         token_B: mx.array,
@@ -132,10 +135,14 @@ def decode_steps(model: Any, layout: type, sampling: Sampling) -> Callable[..., 
         arrays: Any,
     ) -> tuple[Any, Any]:
         drawn, own = [], []
+        if in_place:
+            hidden_of = parted.steps(model, position_T_B, seen, column_T, arrays)
         for t in range(len(position_T_B)):
-            given = (position_T_B[t], [s[t] for s in seen], column_T[t], uniforms_B_T_2[:, t])
-            found, own = step(token_B, *given, arrays)
-            if own:
+            if in_place:
+                found = sample(head(model, hidden_of(t, token_B)), uniforms_B_T_2[:, t], sampling)
+            else:
+                given = (position_T_B[t], [s[t] for s in seen], column_T[t], uniforms_B_T_2[:, t])
+                found, own = step(token_B, *given, arrays)
                 arrays = arrays | {"own": own}
             token_B = found[0]
             drawn.append(found)
@@ -153,7 +160,6 @@ def decode_step(model: Any, layout: type, sampling: Sampling | None) -> Callable
     """
     windows = model.args.windows
     kinds = list(dict.fromkeys(windows))
-    few = layout is parted.Parted
 
     def step(
         token_B: mx.array,
@@ -165,16 +171,11 @@ def decode_step(model: Any, layout: type, sampling: Sampling | None) -> Callable
     ) -> tuple[Any, Any]:
         own = arrays.get("own", [])
         masks = [seen[kinds.index(window)] for window in windows]
-        if few:
-            prompts, rings = (list(zip(*arrays[name], strict=True)) for name in ("prompt", "ring"))
-            hidden_B_D = parted.hidden_states(model, token_B, position_B, prompts, rings, masks, column)
-            logits_B_V, own = head(model, hidden_B_D), []  # written in place
-        else:
 
-            def attend(i: int, *q_k_v_scale: Any) -> mx.array:
-                return layout.attend(arrays, i, *q_k_v_scale, column, masks[i])
+        def attend(i: int, *q_k_v_scale: Any) -> mx.array:
+            return layout.attend(arrays, i, *q_k_v_scale, column, masks[i])
 
-            logits_B_V = head(model, hidden_states(model, token_B[:, None], position_B, attend)[:, -1])
+        logits_B_V = head(model, hidden_states(model, token_B[:, None], position_B, attend)[:, -1])
         if sampling is None:
             return logits_B_V, own
         return sample(logits_B_V, uniforms_B_2, sampling), own

@@ -4,11 +4,17 @@
 // parts (SPLIT, M, N + 16 × RANKS), float32, the last columns A's product; b (R, N) and where as in product.cu, bias (N)
 // if BIAS, more (M, N), gamma (N). out (M, N), and normed, its norm.
     constexpr int WARPS = 8, THREADS = 32 * WARPS, RANK = 16 * RANKS, SOME = RANK > 0 ? RANK : 1;
-    __shared__ float lows[SOME], squares[WARPS];
+    struct Shared {
+        float lows[SOME], squares[WARPS];
+    };
+    SHARED(Shared, shared);
+    auto& lows = shared.lows;
+    auto& squares = shared.squares;
     const int N = more_shape[1], m = blockIdx.x, line = N + RANK;
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     const float* mine = parts + static_cast<size_t>(m) * line;
     const size_t next = static_cast<size_t>(more_shape[0]) * line;
+    READY();
     if (threadIdx.x < RANK) {
         float sum = 0.0f;
         for (int s = 0; s < SPLIT; s++) sum += mine[s * next + N + threadIdx.x];

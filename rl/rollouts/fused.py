@@ -150,6 +150,7 @@ class Fused:
         self.turns: list[mx.array] = []  # cosines and sines of each kind of RoPE; rl/rollouts/turns.py fills them
         self.turn_of: list[int] = []  # the kind of each layer
         self.plan: Any = None  # of bringing an adapter into them (rl/rollouts/handover.py)
+        self.table: Any = None  # of where they lie (rl/rollouts/whole.py)
         # kinds of products of which the kernels were tried, and whether they were right
         self.right: dict[Any, bool] = {}
         self.refresh(model)

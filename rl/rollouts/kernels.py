@@ -51,18 +51,19 @@ def hidden_states(
     rings: Sequence[Pair],
     spans: Sequence[mx.array],
     column: mx.array,
+    products: Sequence[fused.Layer] | None = None,
 ) -> mx.array:
     """Normed hidden states (B, width) of one token a row at `position_B`, of a model that is `usable` and `reaches` it.
 
     For each layer keys and values of the prompts, (P, kv_heads, L, D), and each row's ring of columns for what it
     draws, (B, kv_heads, W, D); the token's own are written into `column` of these, in place. `spans` (B, 5) say what
-    each row sees in a layer (rl/rollouts/parted.py), the new column included.
+    each row sees in a layer (rl/rollouts/parted.py), the new column included. `products` are the model's own if None.
     """
-    inner, products = model.model, fused.of(model)
+    inner, own_of = model.model, fused.of(model)
     x = inner.embed_tokens(token_B)
-    tables = [table[position_B] for table in products.turns]
+    tables = [table[position_B] for table in own_of.turns]
     for i, layer in enumerate(inner.layers):
-        own, module, turn = products.layers[i], layer.self_attn, tables[products.turn_of[i]]
+        own, module, turn = (products or own_of.layers)[i], layer.self_attn, tables[own_of.turn_of[i]]
         qkv = product(own.qkv, x, norm=layer.input_layernorm)
         middle = product(own.o, attend(module, qkv, turn, prompts[i], rings[i], spans[i], column), more=x)
         x = product(
@@ -86,7 +87,7 @@ def product(
     outputs = sum(one.sizes) // sides
     wide = _wide(one, outputs, sides, ranks) if rows_M_K.shape[0] > FEW_ROWS else None
     blocks = -(-rows_M_K.shape[0] // (WIDE_ROWS if wide else ROWS))
-    tiles = wide or _tiles(one.sizes, outputs, sides, ranks, blocks)
+    tiles = wide or tiles_of(one, rows_M_K.shape[0], gated=gated)
     shape = [("WN", tiles)] if wide else [("NT", tiles), ("MT", ROWS // 8), ("WARPS", WARPS)]
     inputs = {
         "rows": rows_M_K,
@@ -128,11 +129,12 @@ def _wide(one: fused.Product, outputs: int, sides: int, ranks: int) -> int | Non
     return None
 
 
-def _tiles(sizes: Sequence[int], outputs: int, sides: int, ranks: int, blocks: int) -> int:
-    """Tiles of outputs that a block makes: as many as leave enough blocks, and lie in one layer."""
+def tiles_of(one: fused.Product, rows: int, *, gated: bool = False) -> int:
+    """Tiles of outputs that a block of product.cu makes: as many as leave enough blocks, and lie in one layer."""
+    sides, blocks = 2 if gated else 1, -(-rows // ROWS)
     for tiles in (4, 2):
-        fits = outputs // (TILE * tiles) * blocks >= BLOCKS and sides * (tiles + ranks) <= SUMS
-        if fits and all(size % (TILE * tiles) == 0 for size in sizes):
+        enough = sum(one.sizes) // sides // (TILE * tiles) * blocks >= BLOCKS
+        if enough and sides * (tiles + one.rank // TILE) <= SUMS and all(n % (TILE * tiles) == 0 for n in one.sizes):
             return tiles
     return 1
 
@@ -149,8 +151,8 @@ def attend(
     """(B, heads × D) of the queries, keys and values (B, (heads + 2 kv_heads) × D) that attention's product gave;
     `turn_B_D` float32, cosines and sines of each row's position, the rest as in `hidden_states`."""
     normed, width = "q_norm" in module, ring[0].shape[3]
-    rows, together = len(qkv), _together(module.n_heads // module.n_kv_heads)
-    shares, at_once, warps = _shares(rows, module.n_heads // together, together, width)
+    rows = len(qkv)
+    together, shares, at_once, warps = sharing(rows, module, width)
     (out,) = _attend(float(module.scale), float(module.q_norm.eps) if normed else None)(
         inputs=[
             qkv,
@@ -179,6 +181,12 @@ def attend(
         output_dtypes=[qkv.dtype],
     )
     return out
+
+
+def sharing(rows: int, module: nn.Module, width: int) -> tuple[int, int, int, int]:
+    """Of a block of attend.cu, heads being so wide: its queries, and what `_shares` gives."""
+    together = _together(module.n_heads // module.n_kv_heads)
+    return together, *_shares(rows, module.n_heads // together, together, width)
 
 
 def _together(repeats: int) -> int:
@@ -353,4 +361,11 @@ def shaken(one: fused.Product, normal: Callable[..., mx.array]) -> fused.Product
                 own[first : first + one.rank, TILE * tile : TILE * (tile + 1)] = 1
         out.state["a"] = normal(*one.state["a"].shape) / one.inputs**0.5
         out.state["b"] = normal(*own.shape) * mx.array(own).astype(out.state["a"].dtype)
+    return out
+
+
+def shaken_layer(own: fused.Layer, normal: Callable[..., mx.array]) -> fused.Layer:
+    """All products of a layer so."""
+    out = fused.Layer()
+    out.qkv, out.o, out.gate_up, out.down = (shaken(one, normal) for one in own.every)
     return out

@@ -12,7 +12,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from rl.rollouts import cache, fused, kernels, streamed
+from rl.rollouts import cache, fused, kernels, streamed, whole
 from rl.rollouts import grouped as grouped_by_torch
 from rl.rollouts.forward import Prefilled
 
@@ -27,12 +27,24 @@ def layout_of(model: Any, *, grouped: bool) -> type:
     if not kernels.usable(model):
         return cache.Joined
     streamed.usable(model)  # tried now: not while a step is compiled
-    return Parted
+    return Told if whole.usable(model) else Parted
 
 
-def hidden_states(model: Any, *given: Any) -> mx.array:
-    """As `kernels.hidden_states`, by the kernels that `layout_of` has found to do it."""
-    return (streamed if streamed.chosen(model) else kernels).hidden_states(model, *given)
+def steps(model: Any, position_T_B: mx.array, seen: list[mx.array], column_T: mx.array, arrays: Any) -> whole.Step:
+    """A function (t, tokens (B,)) -> hidden states (B, width), normed, of step t of those that are put together, by the
+    kernels that `layout_of` has found to do it; `arrays` as its layout gives them."""
+    if "cached" in arrays:
+        return whole.steps(model, arrays["cached"], position_T_B, seen, column_T)
+    prompts, rings = (list(zip(*arrays[name], strict=True)) for name in ("prompt", "ring"))
+    kinds = list(dict.fromkeys(model.args.windows))
+    which = [kinds.index(window) for window in model.args.windows]
+    hidden_states = (streamed if streamed.chosen(model) else kernels).hidden_states
+
+    def step(t: int, token_B: mx.array) -> mx.array:
+        spans = [seen[kind][t] for kind in which]
+        return hidden_states(model, token_B, position_T_B[t], prompts, rings, spans, column_T[t])
+
+    return step
 
 
 class Parted:
@@ -125,3 +137,20 @@ class Parted:
 
     def store(self, own: Any) -> None:
         """The step wrote in place."""
+
+
+class Told(Parted):
+    """The same for the kernel that is told where arrays lie (rl/rollouts/whole.py)."""
+
+    def __init__(self, max_tokens: int) -> None:
+        super().__init__(max_tokens)
+        self.told: list[mx.array] = []  # whose addresses `table` has
+        self.table: mx.array | None = None
+
+    def arrays(self) -> Any:
+        """As `Grouped.arrays`."""
+        now = [array for part in (*self.prompt, *self.own) for array in part]
+        if len(now) != len(self.told) or any(a is not b for a, b in zip(now, self.told, strict=True)):
+            self.told = now
+            self.table = whole.cache_table(list(zip(*self.prompt, strict=True)), list(zip(*self.own, strict=True)))
+        return {"cached": self.table}

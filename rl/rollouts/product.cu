@@ -13,9 +13,15 @@
     constexpr int AT_ONCE = ALL > 4 ? 1 : 2;  // as registers allow
     constexpr int WIDE = 20;  // 16 and what keeps a warp's 32 words in 32 banks
     constexpr float DOWN = 0.0625f;  // of rows that are normed at the end: float16 would not hold some of them times gamma
-    __shared__ float parts[WARPS][ROWS][WIDE];
-    __shared__ float squares[WARPS][ROWS];
-    __shared__ T lows[SIDES][ROWS][SOME], ups[SIDES][SOME][16 * NT];
+    struct Shared {
+        float parts[WARPS][ROWS][WIDE], squares[WARPS][ROWS];
+        T lows[SIDES][ROWS][SOME], ups[SIDES][SOME][16 * NT];
+    };
+    SHARED(Shared, shared);
+    auto& parts = shared.parts;
+    auto& squares = shared.squares;
+    auto& lows = shared.lows;
+    auto& ups = shared.ups;
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
     const int K = rows_shape[1], N = weight_shape[0], outputs = N / SIDES;
     const int begin = blockIdx.x * 16 * NT, top = blockIdx.y * ROWS;
@@ -49,6 +55,12 @@
             ups[s][r][n] = b[static_cast<size_t>(tile[OUT + s * RANKS] + r) * N + s * outputs + begin + n];
     }
 
+    for (int s = 0; s < SIDES && WAITS; s++) {  // to where all blocks read from
+        constexpr int LINE = 128;
+        const char* from = reinterpret_cast<const char*>(weight) + static_cast<size_t>(tile[s * NT]) * K * BITS / 8;
+        for (int i = LINE * threadIdx.x; i < 16 * NT * K * BITS / 8; i += LINE * THREADS) will_read(from + i);
+    }
+    READY();
     float sums[ALL][MT][4], square[MT];
 #pragma unroll
     for (int i = 0; i < MT; i++) {

@@ -1,4 +1,12 @@
-// What product.cu and wide.cu are made of: 8 numbers at a time, and the tensor cores' product.
+// What the kernels are made of: 8 numbers at a time, and the tensor cores' product.
+//
+// A body is a kernel of its own, or a stage of whole.cu, which says then where the block's memory is and how it waits
+// for other blocks.
+#ifndef READY
+#define SHARED(Type, name) __shared__ Type name
+#define WAITS false  // what is read before READY is asked for while the block waits
+#define READY()  // what earlier stages have made is there from here on
+#endif
 struct alignas(16) Eight {
     unsigned x, y, z, w;  // pairs of T, the first of each in the lower half
 };
@@ -42,11 +50,11 @@ struct Held {
     } codes;
     T scale, offset;
 
-    __device__ inline void fetch(const unsigned* from, const T* scales, const T* offsets, size_t row, int k, int K) {
+    __device__ inline void fetch(const void* from, const T* scales, const T* offsets, size_t row, int k, int K) {
         const size_t at = row * (K / GROUP) + k / GROUP;
         scale = scales[at];
         offset = offsets[at];
-        codes = *reinterpret_cast<const Codes*>(from + (row * K + k) / (32 / BITS));
+        codes = *reinterpret_cast<const Codes*>(static_cast<const unsigned*>(from) + (row * K + k) / (32 / BITS));
     }
     __device__ inline Eight open() const {
         constexpr int WORD = 32 / BITS;
@@ -65,8 +73,8 @@ template <typename T, int GROUP>
 struct Held<T, 16, GROUP> {
     Eight all;
 
-    __device__ inline void fetch(const T* from, const T*, const T*, size_t row, int k, int K) {
-        all = load(from + row * K + k);
+    __device__ inline void fetch(const void* from, const T*, const T*, size_t row, int k, int K) {
+        all = load(static_cast<const T*>(from) + row * K + k);
     }
     __device__ inline Eight open() const { return all; }
 };
@@ -90,7 +98,10 @@ template <int LAST>
 __device__ inline void copies_under_way() {
     asm volatile("cp.async.wait_group %0;" ::"n"(LAST) : "memory");
 }
+#ifndef ROOM
 #define ROOM(name) extern __shared__ Eight name[]
+#endif
+__device__ inline void will_read(const void* from) { asm volatile("prefetch.global.L2 [%0];" ::"l"(from)); }
 #define MULTIPLY(T, NAME) \
     template <> \
     __device__ inline void multiply<T>( \

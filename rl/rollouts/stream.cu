@@ -37,10 +37,11 @@
     const bool has_low = TILES > 0 && from[low_tile / DEEP] >= 0;
 
     const auto place = [](int line, int piece) { return line * LINE + (piece ^ (line & 1) << 2); };
-    const auto ask = [&](int chunk) {
-        if (chunk < chunks) {
-            Eight* stage = room + chunk % STAGES * STAGE;
-            const int k = KB * (start + chunk) + 8 * (threadIdx.x % LINE);
+    const auto ask = [&](int chunk, bool weights, bool inputs) {
+        if (chunk >= chunks) return;
+        Eight* stage = room + chunk % STAGES * STAGE;
+        const int k = KB * (start + chunk) + 8 * (threadIdx.x % LINE);
+        if (weights) {
 #pragma unroll
             for (int e = 0; e < (LINES * LINE + THREADS - 1) / THREADS; e++) {
                 const int line = (threadIdx.x + THREADS * e) / LINE;
@@ -56,6 +57,8 @@
                 const int row = first < 0 ? 0 : first + line % SLOTS;
                 copy_16(stage + place(LINES + line, threadIdx.x % LINE), a + static_cast<size_t>(row) * K + k, first >= 0);
             }
+        }
+        if (inputs) {
 #pragma unroll
             for (int e = 0; e < (ROWS * LINE + THREADS - 1) / THREADS; e++) {
                 const int line = (threadIdx.x + THREADS * e) / LINE;
@@ -65,7 +68,6 @@
                 copy_16(stage + to, rows + static_cast<size_t>(row) * K + k, line < count);
             }
         }
-        copies_asked();  // as a group, also where there is none: waiting counts them
     };
 
     float sums[OUT][MT][4], low_sums[MT][4];
@@ -75,11 +77,17 @@
             for (int o = 0; o < OUT; o++) sums[o][i][j] = 0.0f;
             low_sums[i][j] = 0.0f;
         }
-    for (int chunk = 0; chunk < STAGES - 1; chunk++) ask(chunk);
+    for (int chunk = 0; chunk < STAGES - 1 && WAITS; chunk++) ask(chunk, true, false);
+    READY();
+    for (int chunk = 0; chunk < STAGES - 1; chunk++) {
+        ask(chunk, !WAITS, true);
+        copies_asked();  // as a group, also where there is none: waiting counts them
+    }
     for (int chunk = 0; chunk < chunks; chunk++) {
         copies_under_way<STAGES - 2>();
         __syncthreads();  // all have theirs, and nobody reads the stage that comes next any more
-        ask(chunk + STAGES - 1);
+        ask(chunk + STAGES - 1, true, true);
+        copies_asked();
         const Eight* stage = room + chunk % STAGES * STAGE;
 #pragma unroll
         for (int s = 0; s < STEPS; s++) {

@@ -5,6 +5,7 @@ product have few outputs of many inputs, so their inputs are shared out too (str
 the parts, the adapter's and what went in, and norms the sum for the product that comes next (finish.cu).
 """
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
@@ -19,6 +20,7 @@ from rl.rollouts.fused import TILE
 WARPS = 8  # of a block
 STAGES, ROOM = 8, 100_000  # chunks on their way, as shared memory has room for in two blocks at once
 LARGE = 2_000_000  # weights from which on a product waits for them rather than for its launch
+SUMS = 32  # tiles whose sums fit a thread's registers beside what it multiplies
 LONG = 4096  # inputs from which on they are in 8 parts
 INPUTS = ("rows", "weight", "a", "b", "where", "bias")
 FINISH_INPUTS = ("parts", "b", "where", "bias", "more", "gamma")
@@ -65,6 +67,36 @@ def shape_of(one: fused.Product, rows: int, *, parts: bool = False, gated: bool 
     if not fits or (parts and len(one.sizes) > 1):
         return None
     return replace(shape, stages=max(2, min(STAGES, ROOM // shape.stage_bytes(2 if gated else 1, one.rank // TILE))))
+
+
+def shape_at_once(
+    one: fused.Product, rows: int, blocks: int, room: int, *, parts: bool = False, gated: bool = False
+) -> Shape | None:
+    """The same where just so many blocks run, which have so many bytes of shared memory each: what takes the least time
+    as `_nanoseconds` has it, or None."""
+    if one.settings or one.rank > 2 * TILE or (parts and len(one.sizes) > 1):
+        return None
+    sides, ranks = 2 if gated else 1, one.rank // TILE
+    low, eights = 0 if parts else sides * ranks, 2 if rows <= 16 else 4 if rows <= 32 else 8
+    found = []
+    for tiles, warps, split in itertools.product((1, 2, 4), (2, 4), (2, 4, 8, 16) if parts else (1,)):
+        shape = Shape(tiles, warps, eights, 1, split)
+        whole = one.inputs % (shape.chunk * split) == 0 and all(n % (TILE * tiles * warps) == 0 for n in one.sizes)
+        stages = min(STAGES, room // shape.stage_bytes(sides, ranks))
+        fits = replace(shape, stages=3).bytes(sides, ranks) <= room and sides * tiles * eights <= SUMS
+        if whole and fits and low <= warps:
+            found.append(replace(shape, stages=stages))
+    return min(found, key=lambda shape: _nanoseconds(one, shape, rows, blocks, sides), default=None)
+
+
+def _nanoseconds(one: fused.Product, shape: Shape, rows: int, blocks: int, sides: int) -> float:
+    """A product's, seen on an H200: a block takes 30 bytes of weights in each, and 45 with the inputs from the card's
+    cache; a round begins and ends in 1,500."""
+    outputs, inputs = TILE * sides * shape.tiles * shape.warps, one.inputs // shape.split
+    weights, given = 2 * inputs * outputs, 2 * inputs * min(rows, 8 * shape.rows)
+    rounds = -(-(sum(one.sizes) // outputs * shape.split * -(-rows // (8 * shape.rows))) // blocks)
+    summed = 0 if shape.split == 1 else 8 * rows * sum(one.sizes) * shape.split / blocks  # written, and read again
+    return rounds * (max(weights / 30, (weights + given) / 45) + 1500) + summed / 45
 
 
 def product(one: fused.Product, rows_M_K: mx.array, shape: Shape, *, gated: bool = False) -> mx.array:
@@ -125,16 +157,17 @@ def hidden_states(
     rings: Sequence[kernels.Pair],
     spans: Sequence[mx.array],
     column: mx.array,
+    products: Sequence[fused.Layer] | None = None,
 ) -> mx.array:
     """As `kernels.hidden_states`, of a model that is `usable`."""
-    inner, products, rows = model.model, fused.of(model), len(token_B)
+    inner, own_of, rows = model.model, fused.of(model), len(token_B)
     x = inner.embed_tokens(token_B)
-    tables = [table[position_B] for table in products.turns]
+    tables = [table[position_B] for table in own_of.turns]
     layers = inner.layers
     after = [*(layer.input_layernorm for layer in layers[1:]), inner.norm]
     normed = layers[0].input_layernorm(x)
     for i, layer in enumerate(layers):
-        own, module, turn = products.layers[i], layer.self_attn, tables[products.turn_of[i]]
+        own, module, turn = (products or own_of.layers)[i], layer.self_attn, tables[own_of.turn_of[i]]
         qkv = product(own.qkv, normed, shape_of(own.qkv, rows))
         attended = kernels.attend(module, qkv, turn, prompts[i], rings[i], spans[i], column)
         parts = product(own.o, attended, shape_of(own.o, rows, parts=True))
