@@ -251,10 +251,11 @@ def launches(model: Any, rows: int) -> int:
     arrays, zeros = layout.arrays(), mx.zeros((rows,), mx.int32)
     windows, now_1 = dict.fromkeys(model.args.windows), np.zeros(1, np.int64)
     seen = layout.seen(windows, np.full(rows, 2), np.zeros((1, rows), np.int64), now_1, 1)
-    mx.eval(arrays, seen)
+    mx.eval(arrays)
     with device.mlx_alone():
         if isinstance(layout, parted.Parted):
-            step, own = parted.steps(model, zeros[None] + 2, seen, mx.zeros((1,), mx.int32), arrays), []
+            spans = [mx.array(one) for one in seen]
+            step, own = parted.steps(model, zeros[None] + 2, spans, mx.zeros((1,), mx.int32), arrays), []
             logits = head(model, step(0, zeros))
         else:
             step, column = decode_step(model, layout.__class__, None), mx.array(layout.width if layout.joined else 0)

@@ -62,7 +62,7 @@ def hidden_states(
     inner, own_of = model.model, fused.of(model)
     x = inner.embed_tokens(token_B)
     tables = [table[position_B] for table in own_of.turns]
-    for i, layer in enumerate(inner.layers):
+    for i, layer in enumerate(inner.layers[: len(prompts)]):
         own, module, turn = (products or own_of.layers)[i], layer.self_attn, tables[own_of.turn_of[i]]
         qkv = product(own.qkv, x, norm=layer.input_layernorm)
         middle = product(own.o, attend(module, qkv, turn, prompts[i], rings[i], spans[i], column), more=x)

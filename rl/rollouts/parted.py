@@ -6,7 +6,7 @@ that are neighbours in `seen`, where they stand by prompt, and which is made at 
 step.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import mlx.core as mx
@@ -45,6 +45,44 @@ def steps(model: Any, position_T_B: mx.array, seen: list[mx.array], column_T: mx
         return hidden_states(model, token_B, position_T_B[t], prompts, rings, spans, column_T[t])
 
     return step
+
+
+def pack(
+    token_B: np.ndarray,
+    position_T_B: np.ndarray,
+    seen: Sequence[np.ndarray],
+    column_T: np.ndarray,
+    uniforms_T_B_2: np.ndarray,
+) -> np.ndarray:
+    """All that the host says of T steps as one array (T, words), int32: each array that goes to the card or comes back
+    waits for the card, and moves pages of memory; a dozen took longer than two steps (seen on an H200)."""
+    steps, rows = position_T_B.shape
+    parts = [column_T[:, None], np.broadcast_to(token_B, (steps, rows)), position_T_B]
+    parts += [np.ascontiguousarray(uniforms_T_B_2, np.float32).view(np.int32).reshape(steps, -1)]
+    return np.concatenate([*parts, *(spans.reshape(steps, -1) for spans in seen)], axis=1, dtype=np.int32)
+
+
+def unpack(packed_T_W: mx.array, kinds: int) -> tuple[mx.array, mx.array, list[mx.array], mx.array, mx.array]:
+    """What `pack` was given, of so many kinds of windows."""
+    steps, words = packed_T_W.shape
+    rows = (words - 1) // (4 + 5 * kinds)
+    ends = [1, *(1 + rows * n for n in (1, 2, 4)), *(1 + rows * (4 + 5 * n) for n in range(1, kinds))]
+    # in one piece each: a kernel would make it so at every step
+    column, token, position, uniforms, *seen = map(mx.contiguous, mx.split(packed_T_W, ends, axis=1))
+    spans = [one.reshape(steps, rows, 5) for one in seen]
+    return token[0, :], position, spans, column.reshape(-1), uniforms.view(mx.float32).reshape(steps, rows, 2)
+
+
+def pack_drawn(drawn: Sequence[tuple[mx.array, mx.array, mx.array]]) -> mx.array:
+    """(3, T, B), int32: tokens, logprobs and whether logits were finite, for the way back."""
+    tokens, logprobs, finite = (mx.stack(part) for part in zip(*drawn, strict=True))
+    return mx.stack([tokens, logprobs.view(mx.int32), finite.astype(mx.int32)])
+
+
+def unpack_drawn(drawn_3_T_B: np.ndarray) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """What `pack_drawn` was given."""
+    tokens, logprobs, finite = drawn_3_T_B
+    return list(zip(tokens, logprobs.view(np.float32), finite.astype(bool), strict=True))
 
 
 class Parted:
@@ -113,7 +151,7 @@ class Parted:
         age_T_B: np.ndarray,
         now_T: np.ndarray,
         used: int,
-    ) -> list[mx.array]:
+    ) -> list[np.ndarray]:
         """What each row's coming token sees at each of T steps, (T, B, 5) for each window: the row, its prompt, the
         first of that prompt's columns and the one behind the last, and columns of the ring, backwards from the coming
         token's own. Rows of one prompt are neighbours; idle ones, of length 0, see that token alone and come last.
@@ -128,7 +166,7 @@ class Parted:
                 back_T_B = np.minimum(back_T_B, window)
             columns = (np.arange(len(length_B)), self.group, first_T_B, length_B, np.where(idle_B, 1, back_T_B))
             every = np.stack([np.broadcast_to(column, age_T_B.shape) for column in columns], axis=-1)
-            out.append(mx.array(every[:, order_B].astype(np.int32)))
+            out.append(every[:, order_B].astype(np.int32))
         return out
 
     def arrays(self) -> Any:

@@ -193,21 +193,23 @@ class Pool:
         lengths = np.array([len(self.prompts[i]) if i >= 0 else 0 for i in self.owner])
         seen = self.layout.seen(windows, lengths, age_T_B, now_T, used)
         position_T_B, coming_T_B = self._beyond(age_T_B)
-        column_T = mx.array((now_T % self.max_tokens + (width if self.layout.joined else 0)).astype(np.int32))
-        uniforms_B_T_2 = mx.array(np.take_along_axis(self.uniforms_B_T_2, coming_T_B.T[..., None], axis=1))
-        position_T_B, token_B = mx.array(position_T_B), mx.array(self.token_B)
+        column_T = now_T % self.max_tokens + (width if self.layout.joined else 0)
+        uniforms_T_B_2 = self.uniforms_B_T_2[np.arange(len(self.owner)), coming_T_B]
         step, pending = self.engine.step(self.sampling, type(self.layout)), []
-        # in one call where the kernels write in place; else each is begun before the next is put together
-        in_place = isinstance(self.layout, parted.Parted)
-        for part in [slice(None)] if in_place else [slice(t, t + 1) for t in range(count)]:
-            given = (token_B, position_T_B[part], [a[part] for a in seen], column_T[part], uniforms_B_T_2[:, part])
+        if isinstance(self.layout, parted.Parted):  # in one call, as the kernels write in place
+            told = parted.pack(self.token_B, position_T_B, seen, column_T, uniforms_T_B_2)
+            return parted.unpack_drawn(np.array(step(mx.array(told), self.layout.arrays())))
+        token_B, position_T_B = mx.array(self.token_B), mx.array(position_T_B)
+        column_T, uniforms_T_B_2 = mx.array(column_T.astype(np.int32)), mx.array(uniforms_T_B_2)
+        for t in range(count):  # each is begun before the next is put together
+            given = (token_B, position_T_B[t], [a[t] for a in seen], column_T[t], uniforms_T_B_2[t])
             if device.torch_is_faster():
                 mx.eval(given)  # once: torch would wait for MLX's thread at the first look at each
             drawn, own = step(*given, self.layout.arrays())
             self.layout.store(own)
-            token_B = drawn[-1][0]
+            token_B = drawn[0]
             mx.async_eval(drawn, own)
-            pending += drawn
+            pending.append(drawn)
         mx.eval(pending)
         return [tuple(map(np.array, drawn)) for drawn in pending]
 

@@ -166,7 +166,7 @@ def hidden_states(
     layers = inner.layers
     after = [*(layer.input_layernorm for layer in layers[1:]), inner.norm]
     normed = layers[0].input_layernorm(x)
-    for i, layer in enumerate(layers):
+    for i, layer in enumerate(layers[: len(prompts)]):
         own, module, turn = (products or own_of.layers)[i], layer.self_attn, tables[own_of.turn_of[i]]
         qkv = product(own.qkv, normed, shape_of(own.qkv, rows))
         attended = kernels.attend(module, qkv, turn, prompts[i], rings[i], spans[i], column)

@@ -5,8 +5,8 @@
 // which also tells in constants what the linear layers QKV, O, GATE_UP and DOWN are. The host launches one kernel where
 // it launched five or seven a layer, and no stage waits for a launch.
 //
-// rows (B, IN) the embedded tokens, first (B, IN) their norm if STREAMED; layers (LAYERS, 34) as in Layer below, cached
-// (LAYERS, 4, 5) as in Cached: addresses and numbers; turns (T, kinds, B, D) and spans (T, kinds, B, 5) as attend.cu has
+// rows (B, IN) the embedded tokens, first (B, IN) their norm if STREAMED; layers (L, 34) as in Layer below, cached
+// (L, 4, 5) as in Cached: addresses and numbers; turns (T, kinds, B, D) and spans (T, kinds, B, 5) as attend.cu has
 // them, of steps of which now[0] is this one; column (T). came (2) is written to: arrivals, and whether they did not come. out
 // (B, IN) hidden states, normed if STREAMED, no numbers if blocks did not come; scratch and parts are what stages leave for each other.
     struct Linear {
@@ -27,7 +27,7 @@
     };
     constexpr int OF_LAYER = sizeof(Layer) / 8, OF_ALL = sizeof(Record) / 8, OUT_OF_QKV = (HEADS + 2 * KV) * D;
     static_assert(2 * sizeof(Record) <= 16 * KEPT);
-    const int B = rows_shape[0], step = now[0], kinds = turns_shape[1];
+    const int B = rows_shape[0], LAYERS = layers_shape[0], step = now[0], kinds = turns_shape[1];
     T* const qkv = scratch;
     T* const attended = qkv + B * OUT_OF_QKV;
     T* const between = attended + B * HEADS * D;
