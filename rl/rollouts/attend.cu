@@ -123,13 +123,6 @@
             }
         }
     };
-    int piece = warp;
-    if (piece < of_prompts) {  // under way while queries are made; a ring's may wait for a key made here
-        find(piece);
-        fetch_keys();
-        fetch_values();
-    }
-
     constexpr int WIDTH = D < 64 ? D : 64;  // dimensions that are put together at a time, of 8 queries
     struct Shared {
         Eight queries[8 * SETS][LANES < 8 ? LANES : LANES + 4];  // so that two rows lie in different banks
@@ -139,44 +132,50 @@
     auto& queries = shared.queries;
     auto &tops = shared.tops, &totals = shared.totals;
     auto& sums = shared.sums;
-    READY();
-    for (int base = 0; base < ROWS * (QUERIES + 2); base += GROUPS) {  // all alike: their lanes talk
-        const int which = base + threadIdx.x / LANES, i = which / (QUERIES + 2), part = which % (QUERIES + 2);
-        const int own_row = __shfl_sync(ALL, row, i % ROWS), eighth = threadIdx.x % LANES;
-        const int own_head = part < QUERIES ? head + part : HEADS + kv + (part == QUERIES ? 0 : KV);
-        Eight made = load(qkv + (static_cast<size_t>(own_row) * (HEADS + 2 * KV) + own_head) * D + 8 * eighth);
-        const float* turn = turns + static_cast<size_t>(own_row) * D + eighth % (LANES / 2) * 8;
-        float x[8];
-        spread<T>(made, x);
-        if constexpr (NORM) {
-            float gamma[8], square = 0.0f;
-            spread<T>(load((part < QUERIES ? q_gamma : k_gamma) + 8 * eighth), gamma);
-            for (int j = 0; j < 8; j++) square += x[j] * x[j];
-            for (int o = LANES / 2; o > 0; o /= 2) square += __shfl_xor_sync(ALL, square, o);
-            const float inverse = rsqrtf(square / D + EPS);
-            for (int j = 0; j < 8; j++) x[j] = rounded<T>(gamma[j] * rounded<T>(x[j] * inverse));
+    int piece = warp;
+    // a prompt's pieces are under way while queries are made; a ring's may wait for a key made here
+#pragma unroll 1
+    for (int made = 0; made < 2; made++) {  // one text for both: a processor keeps few instructions
+        if (made ? piece >= of_prompts && piece < count : piece < of_prompts) {
+            find(piece);
+            fetch_keys();
+            fetch_values();
         }
-        for (int j = 0; j < 8; j++) {  // numbers d and d + D / 2 turn together
-            const float other = __shfl_xor_sync(ALL, x[j], LANES / 2);
-            x[j] = x[j] * turn[j] + (eighth < LANES / 2 ? -other : other) * turn[D / 2 + j];
-        }
-        if (part <= QUERIES) made = joined<T>(x);
-        if (i < ROWS && blockIdx.y * ROWS + i < spans_shape[0]) {
-            if (part < QUERIES) {
-                queries[i * QUERIES + part][eighth] = made;
-            } else {
-                const T* to = part == QUERIES
-                    ? keys + own_row * keys_strides[0] + kv * keys_strides[1] + at * keys_strides[2]
-                    : values + own_row * values_strides[0] + kv * values_strides[1] + at * values_strides[2];
-                *reinterpret_cast<Eight*>(const_cast<T*>(to) + 8 * eighth) = made;
+        if (made) break;
+        READY();
+        for (int base = 0; base < ROWS * (QUERIES + 2); base += GROUPS) {  // all alike: their lanes talk
+            const int which = base + threadIdx.x / LANES, i = which / (QUERIES + 2), part = which % (QUERIES + 2);
+            const int own_row = __shfl_sync(ALL, row, i % ROWS), eighth = threadIdx.x % LANES;
+            const int own_head = part < QUERIES ? head + part : HEADS + kv + (part == QUERIES ? 0 : KV);
+            Eight made = load(qkv + (static_cast<size_t>(own_row) * (HEADS + 2 * KV) + own_head) * D + 8 * eighth);
+            const float* turn = turns + static_cast<size_t>(own_row) * D + eighth % (LANES / 2) * 8;
+            float x[8];
+            spread<T>(made, x);
+            if constexpr (NORM) {
+                float gamma[8], square = 0.0f;
+                spread<T>(load((part < QUERIES ? q_gamma : k_gamma) + 8 * eighth), gamma);
+                for (int j = 0; j < 8; j++) square += x[j] * x[j];
+                for (int o = LANES / 2; o > 0; o /= 2) square += __shfl_xor_sync(ALL, square, o);
+                const float inverse = rsqrtf(square / D + EPS);
+                for (int j = 0; j < 8; j++) x[j] = rounded<T>(gamma[j] * rounded<T>(x[j] * inverse));
+            }
+            for (int j = 0; j < 8; j++) {  // numbers d and d + D / 2 turn together
+                const float other = __shfl_xor_sync(ALL, x[j], LANES / 2);
+                x[j] = x[j] * turn[j] + (eighth < LANES / 2 ? -other : other) * turn[D / 2 + j];
+            }
+            if (part <= QUERIES) made = joined<T>(x);
+            if (i < ROWS && blockIdx.y * ROWS + i < spans_shape[0]) {
+                if (part < QUERIES) {
+                    queries[i * QUERIES + part][eighth] = made;
+                } else {
+                    const T* to = part == QUERIES
+                        ? keys + own_row * keys_strides[0] + kv * keys_strides[1] + at * keys_strides[2]
+                        : values + own_row * values_strides[0] + kv * values_strides[1] + at * values_strides[2];
+                    *reinterpret_cast<Eight*>(const_cast<T*>(to) + 8 * eighth) = made;
+                }
             }
         }
-    }
-    __syncthreads();
-    if (piece >= of_prompts && piece < count) {
-        find(piece);
-        fetch_keys();
-        fetch_values();
+        __syncthreads();
     }
 
     const unsigned ones = pair<T>(1.0f, 1.0f);

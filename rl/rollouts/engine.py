@@ -119,16 +119,16 @@ def step_of(model: Any, layout: type, sampling: Sampling) -> Callable[..., Any]:
     return decode_step(model, layout, sampling)
 
 
-def decode_steps(model: Any, sampling: Sampling) -> Callable[[mx.array, Any], mx.array]:
-    """A function that takes all steps between two looks of the host, which says in one array what it says of them
-    (`parted.pack`) and is told in one what they drew (`parted.pack_drawn`).
+def decode_steps(model: Any, sampling: Sampling) -> Callable[[mx.array, mx.array, Any], mx.array]:
+    """A function that takes all steps between two looks of the host from tokens (B,) on; in one array the host says
+    what it says of them (`parted.pack`), and in one it is told what they drew (`parted.pack_drawn`).
 
     A compiled function looks through all its inputs at each call: for 135M's 600 that is a fifth of a GPU's step.
     """
     kinds = len(set(model.args.windows))
 
-    def steps(packed_T_W: mx.array, arrays: Any) -> mx.array:
-        token_B, position_T_B, seen, column_T, uniforms_T_B_2 = parted.unpack(packed_T_W, kinds)
+    def steps(token_B: mx.array, packed_T_W: mx.array, arrays: Any) -> mx.array:
+        position_T_B, seen, column_T, uniforms_T_B_2 = parted.unpack(packed_T_W, kinds)
         hidden_of, drawn = parted.steps(model, position_T_B, seen, column_T, arrays), []
         for t in range(len(position_T_B)):
             drawn.append(sample(head(model, hidden_of(t, token_B)), uniforms_T_B_2[t, ...], sampling))

@@ -48,7 +48,6 @@ def steps(model: Any, position_T_B: mx.array, seen: list[mx.array], column_T: mx
 
 
 def pack(
-    token_B: np.ndarray,
     position_T_B: np.ndarray,
     seen: Sequence[np.ndarray],
     column_T: np.ndarray,
@@ -56,21 +55,21 @@ def pack(
 ) -> np.ndarray:
     """All that the host says of T steps as one array (T, words), int32: each array that goes to the card or comes back
     waits for the card, and moves pages of memory; a dozen took longer than two steps (seen on an H200)."""
-    steps, rows = position_T_B.shape
-    parts = [column_T[:, None], np.broadcast_to(token_B, (steps, rows)), position_T_B]
+    steps = len(position_T_B)
+    parts = [column_T[:, None], position_T_B]
     parts += [np.ascontiguousarray(uniforms_T_B_2, np.float32).view(np.int32).reshape(steps, -1)]
     return np.concatenate([*parts, *(spans.reshape(steps, -1) for spans in seen)], axis=1, dtype=np.int32)
 
 
-def unpack(packed_T_W: mx.array, kinds: int) -> tuple[mx.array, mx.array, list[mx.array], mx.array, mx.array]:
+def unpack(packed_T_W: mx.array, kinds: int) -> tuple[mx.array, list[mx.array], mx.array, mx.array]:
     """What `pack` was given, of so many kinds of windows."""
     steps, words = packed_T_W.shape
-    rows = (words - 1) // (4 + 5 * kinds)
-    ends = [1, *(1 + rows * n for n in (1, 2, 4)), *(1 + rows * (4 + 5 * n) for n in range(1, kinds))]
+    rows = (words - 1) // (3 + 5 * kinds)
+    ends = [1, 1 + rows, *(1 + rows * (3 + 5 * n) for n in range(kinds))]
     # in one piece each: a kernel would make it so at every step
-    column, token, position, uniforms, *seen = map(mx.contiguous, mx.split(packed_T_W, ends, axis=1))
+    column, position, uniforms, *seen = map(mx.contiguous, mx.split(packed_T_W, ends, axis=1))
     spans = [one.reshape(steps, rows, 5) for one in seen]
-    return token[0, :], position, spans, column.reshape(-1), uniforms.view(mx.float32).reshape(steps, rows, 2)
+    return position, spans, column.reshape(-1), uniforms.view(mx.float32).reshape(steps, rows, 2)
 
 
 def pack_drawn(drawn: Sequence[tuple[mx.array, mx.array, mx.array]]) -> mx.array:

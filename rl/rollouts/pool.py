@@ -56,6 +56,7 @@ class Pool:
         self.live = np.zeros(0, np.int64)  # rows that are not idle
         self.born = np.zeros(0, np.int64)
         self.now = 0
+        self.ahead: mx.array | None = None  # what steps draw that were begun before those before them were looked at
         self.heard: Callable[[Sight], None] = lambda sight: None
         turns.reach(engine.model, max(map(len, prompts)) + max_tokens + 1)
         self.layout = parted.layout_of(engine.model, grouped=engine.grouped)(max_tokens)
@@ -77,13 +78,25 @@ class Pool:
         self.owner, self.born = np.full(rows, -1), np.zeros(rows, np.int64)
         self.token_B, self.length_B = np.zeros(rows, np.int32), np.ones(rows, np.int32)
         self.uniforms_B_T_2 = np.zeros((rows, self.max_tokens, 2), np.float32)
-        while self.waiting or len(self.live):
-            self._make_room()
-            self.heard(self.sight)
-            if len(self.live):
-                self._decode()
+        try:
+            while self.waiting or len(self.live):
+                if self.ahead is None:
+                    self._make_room()
                 self.heard(self.sight)
+                if len(self.live):
+                    self._decode()
+                    self.heard(self.sight)
+                else:
+                    self._wait()
+        finally:
+            self._wait()
         return [c for c in self.sight.done if c is not None]
+
+    def _wait(self) -> None:
+        """Until nothing is under way: it writes into memory that others may be given."""
+        if self.ahead is not None:
+            mx.eval(self.ahead)
+            self.ahead = None
 
     def _distinct(self, rows: int) -> int:
         return len({self.prompts[i] for i in self.waiting[:rows]})
@@ -92,17 +105,24 @@ class Pool:
         held = width * (groups if self.layout.once else rows) + rows * self.max_tokens
         return self.engine.max_batch_tokens is None or held + self.shared <= self.engine.max_batch_tokens
 
-    def _make_room(self) -> None:
-        """Let waiting requests in where enough rows are free; where none waits, let go of rows that are free."""
+    def _has_room(self) -> bool:
+        """Whether so many rows are free that waiting requests come in, or where none waits the batch shrinks."""
         rows, alive = len(self.owner), len(self.live)
         if self.waiting:
-            if rows - alive >= max(1, REFILL_SHARE * rows):
-                self._admit(np.flatnonzero(self.owner < 0))
+            return rows - alive >= max(1, REFILL_SHARE * rows)
+        # of a compiled step few sizes, so that it is compiled for few
+        return 0 < alive <= (rows // 2 if self.engine.compiled else (1 - REFILL_SHARE) * rows)
+
+    def _make_room(self) -> None:
+        """Let waiting requests in where enough rows are free; where none waits, let go of rows that are free."""
+        if not self._has_room():
+            return
+        free = np.flatnonzero(self.owner < 0)
+        if self.waiting:
+            self._admit(free)
         elif self.engine.compiled:
-            if 0 < alive <= rows // 2:  # few sizes, so that a step is compiled for few
-                free = np.flatnonzero(self.owner < 0)
-                self._shrink(np.sort(np.concatenate([self.live, free])[: -(-rows // 2)]))
-        elif 0 < alive <= (1 - REFILL_SHARE) * rows:
+            self._shrink(np.sort(np.concatenate([self.live, free])[: -(-len(self.owner) // 2)]))
+        else:
             self._shrink(self.live)
 
     def _admit(self, free: np.ndarray) -> None:
@@ -154,11 +174,13 @@ class Pool:
 
     def _decode(self) -> None:
         """So many steps as lie between two looks, and the look."""
-        if self.now >= self.layout.ring:
+        if self.now >= self.layout.ring and self.ahead is None:
             self.layout.grow(min(2 * self.layout.ring, self.max_tokens))
         if isinstance(self.layout, grouped.Grouped):
             pending = [self._step()]
             self.now += 1
+        elif isinstance(self.layout, parted.Parted):
+            pending = self._steps_in_place()
         else:
             pending = self._steps()
             self.now += len(pending)
@@ -181,11 +203,14 @@ class Pool:
         mx.eval(drawn)
         return tuple(map(np.array, drawn))
 
-    def _steps(self) -> list[Drawn]:
-        """Steps of MLX's; what does not depend on what is drawn comes first."""
-        ring, width, count = self.layout.ring, self.layout.width, self.engine.look_every
-        if ring < self.max_tokens:
-            count = min(count, ring - self.now)
+    def _count(self) -> int:
+        """Steps until the next look."""
+        ring, count = self.layout.ring, self.engine.look_every
+        return min(count, ring - self.now) if ring < self.max_tokens else count
+
+    def _told(self, count: int) -> tuple[np.ndarray, list[Any], np.ndarray, np.ndarray]:
+        """Of the coming steps positions (T, B), what each row sees, columns (T,) and numbers to draw by (T, B, 2)."""
+        ring, width = self.layout.ring, self.layout.width
         used = ring if self.engine.compiled else min(self.now + count, ring)
         now_T = self.now + np.arange(count)
         age_T_B = now_T[:, None] - self.born[None]
@@ -194,11 +219,32 @@ class Pool:
         seen = self.layout.seen(windows, lengths, age_T_B, now_T, used)
         position_T_B, coming_T_B = self._beyond(age_T_B)
         column_T = now_T % self.max_tokens + (width if self.layout.joined else 0)
-        uniforms_T_B_2 = self.uniforms_B_T_2[np.arange(len(self.owner)), coming_T_B]
-        step, pending = self.engine.step(self.sampling, type(self.layout)), []
-        if isinstance(self.layout, parted.Parted):  # in one call, as the kernels write in place
-            told = parted.pack(self.token_B, position_T_B, seen, column_T, uniforms_T_B_2)
-            return parted.unpack_drawn(np.array(step(mx.array(told), self.layout.arrays())))
+        return position_T_B, seen, column_T, self.uniforms_B_T_2[np.arange(len(self.owner)), coming_T_B]
+
+    def _steps_in_place(self) -> list[Drawn]:
+        """Steps of the kernels that write in place. The next ones are begun before these are looked at where it is
+        likely that the same rows go on, so that a GPU need not wait for the host."""
+        drawn = self._begin(mx.array(self.token_B)) if self.ahead is None else self.ahead
+        coming = self.sight.count[self.owner[self.live]].min() + drawn.shape[1]  # tokens of each row then, or more
+        full = self.layout.ring < self.max_tokens and self.now >= self.layout.ring
+        again = coming < self.max_tokens and not full and not self._has_room()
+        self.ahead = self._begin(drawn[0, -1, :]) if again else None
+        return parted.unpack_drawn(np.array(drawn))
+
+    def _begin(self, token_B: mx.array) -> mx.array:
+        """Steps from these tokens on, begun, as `parted.pack_drawn` gives what they draw."""
+        told = self._told(self._count())
+        self.now += len(told[0])
+        step = self.engine.step(self.sampling, type(self.layout))
+        drawn = step(token_B, mx.array(parted.pack(*told)), self.layout.arrays())
+        mx.async_eval(drawn)
+        return drawn
+
+    def _steps(self) -> list[Drawn]:
+        """Steps of MLX's; what does not depend on what is drawn comes first."""
+        count, pending = self._count(), []
+        position_T_B, seen, column_T, uniforms_T_B_2 = self._told(count)
+        step = self.engine.step(self.sampling, type(self.layout))
         token_B, position_T_B = mx.array(self.token_B), mx.array(position_T_B)
         column_T, uniforms_T_B_2 = mx.array(column_T.astype(np.int32)), mx.array(uniforms_T_B_2)
         for t in range(count):  # each is begun before the next is put together

@@ -77,8 +77,11 @@
             for (int o = 0; o < OUT; o++) sums[o][i][j] = 0.0f;
             low_sums[i][j] = 0.0f;
         }
+    // loops that need not be unrolled are not: a processor keeps 128 KB of instructions, and whole.cu has as many
+#pragma unroll 1
     for (int chunk = 0; chunk < STAGES - 1 && WAITS; chunk++) ask(chunk, true, false);
     READY();
+#pragma unroll 1
     for (int chunk = 0; chunk < STAGES - 1; chunk++) {
         ask(chunk, !WAITS, true);
         copies_asked();  // as a group, also where there is none: waiting counts them
@@ -161,7 +164,7 @@
     for (int o = 0; o < OUT; o++) share(o, sums[o]);
     __syncthreads();
     constexpr int SHARE = MT > WK ? MT / WK : 1;  // tiles of rows that a warp ends
-#pragma unroll
+#pragma unroll 1
     for (int i = SHARE * wk; i < SHARE * (wk + 1) && i < MT; i++) {
         float sum[OUT][4];
 #pragma unroll

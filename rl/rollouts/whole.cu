@@ -86,8 +86,8 @@
     const auto multiply_all = [&](auto shape, const Linear& one, const T* x, const T* gamma, const T* more, T* to) {
         using S = decltype(shape);
         const int outputs = S::GATED ? S::OUT / 2 : S::OUT;
-        share(outputs / (16 * S::NT), (B + 31) / 32, false, [&](Place place, const auto& ready) {
-            product<T, S::BITS, S::GROUP, S::NT, 4, 8, S::RANKS, S::NORM, S::GATED, S::BIAS, S::ADD>(
+        share(outputs / (16 * S::NT), (B + 8 * S::MT - 1) / (8 * S::MT), false, [&](Place place, const auto& ready) {
+            product<T, S::BITS, S::GROUP, S::NT, S::MT, 8, S::RANKS, S::NORM, S::GATED, S::BIAS, S::ADD>(
                 x, Sizes{B, S::IN}, one.weight, Sizes{S::OUT, 0}, static_cast<const T*>(one.scales),
                 static_cast<const T*>(one.offsets), gamma, static_cast<const T*>(one.a), static_cast<const T*>(one.b),
                 static_cast<const int*>(one.where), static_cast<const T*>(one.bias), more, to, EPS, place, ready);

@@ -27,7 +27,7 @@ __device__ inline void* kept_room() { return of_block; }
 
 // Until all blocks have come here: each counts itself in `came`, whose `goal` is a multiple of their number. Where they
 // do not come, because a card runs fewer at once, came[1] says so and nobody waits any more.
-__device__ inline void meet(unsigned long long* came, unsigned long long& goal) {
+__device__ __noinline__ void meet(unsigned long long* came, unsigned long long& goal) {
     constexpr int PATIENCE = 1 << 21;  // looks, each half a microsecond at least
     __syncthreads();
     if (threadIdx.x == 0) {

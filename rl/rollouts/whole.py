@@ -220,9 +220,15 @@ def _kernel_of(model: Any, rows: int) -> tuple[Callable[..., list[mx.array]], in
         else:
             shape |= {"BITS": one.settings.get("bits", 16), "GROUP": one.settings.get("group_size", 1)}
             shape |= {"NORM": not last, "ADD": last, "NT": kernels.tiles_of(one, rows, gated=gated)}
+            shape["MT"] = eights(rows)
         shapes[name] = shape
     scratch = sum(own.qkv.sizes) + own.o.inputs + own.down.inputs + sum(own.o.sizes)
     return _kernel(_header(stream, told, numbers, shapes, room)), room, scratch, parts
+
+
+def eights(rows: int) -> int:
+    """Of the rows that a small model's block multiplies."""
+    return 2 if rows <= 16 else kernels.ROWS // 8
 
 
 def _sharing(rows: int, attention: Any, size: int) -> tuple[int, int, int]:
